@@ -1,0 +1,173 @@
+"""The cheap engine: the same hypergradient from forward-mode passes, without the inner graph.
+
+One inner step is θ' = U(θ, g, state), g the gradient of Σ_i Σ_k c_i w_ik ℓ_ik(θ), c_i being 1/B for
+a mean times whatever factor the user put on the criterion's result. With v = ∇L_meta(θ'),
+
+    dL_meta/dw_ik = c_i ⟨λ, ∇ℓ_ik(θ)⟩,     λ = (∂U/∂g)ᵀ v,
+
+and all the products ⟨λ, ∇ℓ_ik⟩ are the tangents of one forward pass at θ in direction λ. Going back
+over several steps, the cotangents also pass U's other Jacobians and a Hessian-vector product, which
+the same pass gives when a backward pass runs inside it (forward over reverse).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+from kd_balance.inner_step import InnerStep, Slots
+from kd_balance.loss import WeightedKDLoss
+from kd_balance.record import CriterionCall
+
+
+class Adjoint:
+    """dL_meta/dφ without a graph through the student, one step at a time, newest first."""
+
+    def __init__(self) -> None:
+        self._forward_mode_works = True
+
+    def __call__(
+        self,
+        criterion: WeightedKDLoss,
+        steps: list[InnerStep],
+        meta_loss: Callable[[Mapping[str, Tensor]], Tensor],
+        after: Mapping[str, Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The meta loss and its gradients for the weight net's parameters.
+
+        Args:
+            criterion: the weight net is its own.
+            steps: the inner steps, oldest first; φ is the same in all of them.
+            meta_loss: of the student's parameters by name.
+            after: the parameters that the steps moved, by name, after the last one.
+        """
+        assert criterion.weight_net is not None
+        loss, gradients = _value_and_gradients(meta_loss, after)
+        phi = list(criterion.weight_net.parameters())
+        hypergradient = [torch.zeros_like(p) for p in phi]
+        cotangents: Slots = {"param": gradients}
+        params = dict(after)
+        for step in reversed(steps):
+            is_first = step is steps[0]
+            params.update(step.update.params)
+            cotangents = step.update.vjp(cotangents, through=not is_first)
+            direction = cotangents.pop("grad", {})
+            for call in step.calls if direction else ():
+                weight_gradient, curvature = self._products(
+                    criterion, call, params, direction, with_curvature=not is_first
+                )
+                with torch.enable_grad():
+                    weights = criterion.weigh(call.features, weight_gradient)
+                parts = torch.autograd.grad(weights, phi, weight_gradient, allow_unused=True)
+                for total, part in zip(hypergradient, parts, strict=True):
+                    if part is not None:
+                        total += part
+                _add(cotangents.setdefault("param", {}), curvature)
+        return loss, hypergradient
+
+    def _products(
+        self,
+        criterion: WeightedKDLoss,
+        call: CriterionCall,
+        params: Mapping[str, Tensor],
+        direction: Mapping[str, Tensor],
+        *,
+        with_curvature: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """[N, 2] dL_meta/dw of a call, and the Hessian of its loss times `direction`."""
+        if self._forward_mode_works:
+            try:
+                return _forward_mode(criterion, call, params, direction, with_curvature)
+            except NotImplementedError as error:
+                self._forward_mode_works = False
+                warnings.warn(
+                    "The student has an operator without forward-mode derivative, so "
+                    "hypergradients go through double backward, which costs more time and "
+                    f"memory. torch says: {str(error).splitlines()[0]}",
+                    stacklevel=2,
+                )
+        return _double_backward(criterion, call, params, direction, with_curvature)
+
+
+def _value_and_gradients(
+    function: Callable[[Mapping[str, Tensor]], Tensor], params: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
+    with torch.enable_grad():
+        value = function(leaves)
+    gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    named = zip(leaves, gradients, strict=True)
+    return value.detach(), {name: g for name, g in named if g is not None}
+
+
+def _forward_mode(
+    criterion: WeightedKDLoss,
+    call: CriterionCall,
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    with_curvature: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One forward pass with dual parameters; with curvature, a backward pass inside it."""
+    curvature: dict[str, Tensor] = {}
+    with fwAD.dual_level(), torch.set_grad_enabled(with_curvature):
+        duals = {}
+        for name, param in params.items():
+            param = param.detach().requires_grad_(with_curvature)
+            tangent = direction.get(name)
+            duals[name] = param if tangent is None else fwAD.make_dual(param, tangent)
+        losses = call.losses(criterion, duals)
+        if with_curvature:
+            result = criterion.combine(losses, call.weights, call.targets)
+            gradients = torch.autograd.grad(
+                result, list(duals.values()), call.upstream, allow_unused=True
+            )
+            for name, gradient in zip(duals, gradients, strict=True):
+                tangent = None if gradient is None else fwAD.unpack_dual(gradient).tangent
+                if tangent is not None:
+                    curvature[name] = tangent.detach()
+        tangents = fwAD.unpack_dual(losses).tangent
+    if tangents is None:
+        return torch.zeros_like(call.weights), curvature
+    with torch.enable_grad():
+        weights = call.weights.detach().requires_grad_()
+        slope = criterion.combine(tangents.detach(), weights, call.targets)
+    (weight_gradient,) = torch.autograd.grad(slope, weights, call.upstream)
+    return weight_gradient, curvature
+
+
+def _double_backward(
+    criterion: WeightedKDLoss,
+    call: CriterionCall,
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    with_curvature: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same products as derivatives of ⟨λ, gradient⟩, through a graph of the gradient."""
+    leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
+    weights = call.weights.detach().requires_grad_()
+    with torch.enable_grad():
+        result = criterion.combine(call.losses(criterion, leaves), weights, call.targets)
+        gradients = torch.autograd.grad(
+            result,
+            [leaves[name] for name in direction],
+            call.upstream,
+            create_graph=True,
+            allow_unused=True,
+        )
+        pairs = zip(gradients, direction.values(), strict=True)
+        slope = sum((g * d).sum() for g, d in pairs if g is not None)
+    if not isinstance(slope, Tensor):
+        return torch.zeros_like(call.weights), {}
+    wanted = list(leaves.values()) if with_curvature else []
+    weight_gradient, *second = torch.autograd.grad(slope, [weights, *wanted], allow_unused=True)
+    curvature = dict(zip(leaves, second)) if with_curvature else {}
+    return weight_gradient, {name: h for name, h in curvature.items() if h is not None}
+
+
+def _add(totals: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+    for name, term in terms.items():
+        totals[name] = totals[name] + term if name in totals else term

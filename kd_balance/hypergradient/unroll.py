@@ -1,0 +1,93 @@
+"""The reference engine: the whole inner run as one graph, through `higher`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from kd_balance.inner_step import DifferentiableTorchOptimizer, InnerStep, State, Update
+from kd_balance.loss import WeightedKDLoss
+
+
+class Unroll:
+    """dL_meta/dφ by building every inner step into one graph and differentiating it.
+
+    Slow and hungry for memory, and so plain that the other engine is held against it. Where the
+    user's gradient holds more than the criterion's part (other loss terms, what clipping made of
+    it), the recorded value is used and only the criterion's part is differentiated.
+    """
+
+    def __call__(
+        self,
+        criterion: WeightedKDLoss,
+        steps: list[InnerStep],
+        meta_loss: Callable[[Mapping[str, Tensor]], Tensor],
+        after: Mapping[str, Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The meta loss and its gradients for the weight net's parameters.
+
+        Args:
+            criterion: the weight net is its own.
+            steps: the inner steps, oldest first; φ is the same in all of them.
+            meta_loss: of the student's parameters by name.
+            after: not needed here, the parameters after the last step being computed anew.
+        """
+        assert criterion.weight_net is not None
+        params: dict[str, Tensor] = {}
+        states: dict[str, State] = {}
+        with torch.enable_grad():
+            for step in steps:
+                for name, param in step.update.params.items():
+                    params.setdefault(name, param.detach().requires_grad_())
+                _take(step.update, _training_loss(criterion, step, params), params, states)
+            loss = meta_loss(params)
+        hypergradient = torch.autograd.grad(
+            loss,
+            list(criterion.weight_net.parameters()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return loss.detach(), list(hypergradient)
+
+
+def _training_loss(
+    criterion: WeightedKDLoss, step: InnerStep, params: Mapping[str, Tensor]
+) -> Tensor:
+    """The criterion's part of what the user called backward on, as a function of θ and φ."""
+    total = torch.zeros(())
+    for call in step.calls:
+        assert call.upstream is not None
+        losses = call.losses(criterion, params)
+        weights = criterion.weigh(call.features, losses)
+        result = criterion.combine(losses, weights, call.targets)
+        total = total.to(result) + (result * call.upstream).sum()
+    return total
+
+
+def _take(
+    update: Update, loss: Tensor, params: dict[str, Tensor], states: dict[str, State]
+) -> None:
+    """Moves `params` and `states` by the recorded update, their graphs included."""
+    copies = [[p.clone().requires_grad_() for p in group.params] for group in update.groups]
+    optimizer = update.groups[0].kind(  # type: ignore[call-arg]
+        [{"params": ps, **g.options} for ps, g in zip(copies, update.groups, strict=True)]
+    )
+    names = [name for group in update.groups for name in group.names]
+    differentiable = DifferentiableTorchOptimizer(optimizer, [p for ps in copies for p in ps])
+    for slots, group in zip(differentiable.state, update.groups, strict=True):
+        for i, (name, state) in enumerate(zip(group.names, group.states, strict=True)):
+            slots[i] = states.get(name, state) if state else {}
+
+    def as_recorded(gradients: list[Tensor | None]) -> list[Tensor]:
+        recorded = [g for group in update.groups for g in group.grads]
+        return [
+            value if gradient is None else value + (gradient - gradient.detach())
+            for value, gradient in zip(recorded, gradients, strict=True)
+        ]
+
+    moved = differentiable.step(loss, [params[n] for n in names], grad_callback=as_recorded)
+    params.update(zip(names, moved, strict=True))
+    for slots, group in zip(differentiable.state, update.groups, strict=True):
+        states.update((name, slots[i]) for i, name in enumerate(group.names))

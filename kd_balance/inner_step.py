@@ -1,0 +1,390 @@
+"""The inner step: one optimizer update as a differentiable function of its gradient.
+
+torch's own optimizers carry the formulas (their ``differentiable=True`` mode), so flags such as
+``maximize``, ``amsgrad`` or decoupled weight decay mean here what they mean in the real step.
+:class:`DifferentiableTorchOptimizer` offers them to `higher` and is registered for the optimizers
+that `higher` lacks; :class:`Update` is one step held as it was before it was taken, with its
+vector-Jacobian product.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import higher
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kd_balance.record import CriterionCall
+
+State = dict[str, Any]
+Slots = dict[str, dict[str, Tensor]]
+"""Tensors by what they are ("param", "grad" or a key of the optimizer state) and parameter name."""
+
+DIFFERENTIABLE: tuple[type[Optimizer], ...] = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+)
+
+_IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
+_COUNTERS = {"step", "mu_product"}  # state that is one number a parameter
+_CHUNK = 2**22  # elements whose update graph is alive at a time
+
+
+def is_differentiable(optimizer: Optimizer) -> bool:
+    """Whether the update of `optimizer` can be differentiated; a subclass may have another one."""
+    return type(optimizer) in DIFFERENTIABLE
+
+
+def differentiable_step(
+    kind: type[Optimizer],
+    options: Mapping[str, Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+) -> tuple[list[Tensor], list[State]]:
+    """One optimizer step as a differentiable function of parameters, gradients and state.
+
+    Args:
+        kind: one of :data:`DIFFERENTIABLE`.
+        options: the hyperparameters of a parameter group, as `kind` takes them.
+        params: the parameters before the step.
+        grads: their gradients, same shapes.
+        states: the optimizer's state of each parameter before the step, {} where it is cold.
+
+    Returns:
+        The new parameters and the new states. No argument is modified.
+    """
+    fresh = [p.clone() for p in params]
+    with _float64_counters():
+        optimizer = kind(fresh, **options, foreach=False, differentiable=True)  # type: ignore
+        for new, param, grad, state in zip(fresh, params, grads, states, strict=True):
+            if kind is not torch.optim.SGD:
+                grad = _off_the_kink(grad)
+            state = _copied(state)
+            if kind is torch.optim.SGD and options.get("momentum") and not state:
+                state["momentum_buffer"] = _first_momentum_buffer(options, param, grad)
+            if state:
+                optimizer.state[new] = state
+            new.grad = grad
+        optimizer.step()
+    for new in fresh:
+        new.grad = None
+    return fresh, [dict(optimizer.state[new]) for new in fresh]
+
+
+@contextmanager
+def _float64_counters() -> Iterator[None]:
+    """Lets torch create its step counters in float64: in float32, 1 - 0.999**1 has 4 digits."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _copied(state: State) -> State:
+    return {k: v.double().clone() if k in _COUNTERS else v.clone() for k, v in state.items()}
+
+
+def _off_the_kink(grad: Tensor) -> Tensor:
+    """Moves exact zeros, where sqrt(grad²) has no derivative and autograd gives nan."""
+    tiny = torch.finfo(torch.float32 if grad.dtype != torch.float64 else grad.dtype).tiny
+    return grad + (grad == 0) * (1e3 * tiny**0.5)
+
+
+def _first_momentum_buffer(options: Mapping[str, Any], param: Tensor, grad: Tensor) -> Tensor:
+    """The buffer for which a warm step equals torch's first one, which detaches its gradient."""
+    if not options["dampening"]:
+        return torch.zeros_like(param)
+    direction = (-grad if options["maximize"] else grad) + options["weight_decay"] * param
+    return direction * (options["dampening"] / options["momentum"])
+
+
+class DifferentiableTorchOptimizer(higher.optim.DifferentiableOptimizer):
+    """A torch optimizer for `higher`, computed by torch's own differentiable mode.
+
+    Importing this module registers it for AdamW, NAdam and RAdam, so ``higher.innerloop_ctx``
+    takes them. For the optimizers that `higher` brings itself, its own class stays registered.
+    """
+
+    def __init__(self, other: Optimizer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(other, *args, **kwargs)
+        self._kind = type(other)
+
+    def _update(self, grouped_grads: list[list[Tensor]], **kwargs: Any) -> None:
+        for group, states, grads in zip(self.param_groups, self.state, grouped_grads, strict=True):
+            moved = [i for i, grad in enumerate(grads) if grad is not None]
+            params, new_states = differentiable_step(
+                self._kind,
+                _hyperparameters(self._kind, group),
+                [group["params"][i] for i in moved],
+                [grads[i] for i in moved],
+                [states[i] for i in moved],
+            )
+            for i, param, state in zip(moved, params, new_states, strict=True):
+                group["params"][i], states[i] = param, state
+
+
+for _kind in (torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam):
+    higher.register_optim(_kind, DifferentiableTorchOptimizer)
+
+
+def _hyperparameters(kind: type[Optimizer], group: Mapping[str, Any]) -> dict[str, Any]:
+    accepted = set(inspect.signature(kind.__init__).parameters) - {"self", "params"}
+    return {k: v for k, v in group.items() if k in accepted - _IMPLEMENTATIONS}
+
+
+def _state(optimizer: Optimizer, param: Tensor) -> State:
+    return {k: v for k, v in optimizer.state.get(param, {}).items() if v is not None}
+
+
+@dataclass
+class GroupUpdate:
+    """The part of an :class:`Update` that one parameter group takes."""
+
+    kind: type[Optimizer]
+    options: dict[str, Any]
+    names: list[str]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[State]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the Jacobian is a handful of numbers, whatever parameters and state hold."""
+        return self.kind is torch.optim.SGD
+
+
+@dataclass
+class Update:
+    """One optimizer step of the student, held as it was before it was taken.
+
+    It holds references to the live tensors until :meth:`freeze`.
+    """
+
+    groups: list[GroupUpdate]
+
+    @classmethod
+    def of(
+        cls, optimizer: Optimizer, names: Mapping[Tensor, str], *, plain_sgd: bool = False
+    ) -> Update:
+        """The step that `optimizer` is about to take.
+
+        Args:
+            optimizer: its parameters hold their gradients; those without one do not move.
+            names: the name in the student of every parameter of interest.
+            plain_sgd: take a step of SGD at each group's learning rate instead, without momentum
+                and weight decay, as the look-ahead of the BiKD authors' program.
+        """
+        groups = []
+        for group in optimizer.param_groups:
+            params = [p for p in group["params"] if p.grad is not None and p in names]
+            if not params:
+                continue
+            kind = torch.optim.SGD if plain_sgd else type(optimizer)
+            options = {"lr": group["lr"]} if plain_sgd else _hyperparameters(kind, group)
+            states = [{} if plain_sgd else _state(optimizer, p) for p in params]
+            grads = [p.grad.detach() for p in params]
+            own_names = [names[p] for p in params]
+            data = [p.detach() for p in params]
+            groups.append(GroupUpdate(kind, options, own_names, data, grads, states))
+        return cls(groups)
+
+    def freeze(self, *, grads: bool, states: bool) -> None:
+        """Copies what the real step is about to overwrite.
+
+        Args:
+            grads: copy the gradients too; without, they must be used before they are cleared.
+            states: copy the state of linear updates too, whose Jacobian does not need it.
+        """
+        for group in self.groups:
+            group.params = [p.clone() for p in group.params]
+            if grads:
+                group.grads = [g.clone() for g in group.grads]
+            if states or not group.is_linear:
+                group.states = [_copied(state) for state in group.states]
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The parameters before the step, by name."""
+        return {n: p for group in self.groups for n, p in zip(group.names, group.params)}
+
+    @property
+    def grads(self) -> dict[str, Tensor]:
+        """The gradients that the step uses, by name."""
+        return {n: g for group in self.groups for n, g in zip(group.names, group.grads)}
+
+    def apply(self) -> dict[str, Tensor]:
+        """The parameters after the step, by name, without a graph and without taking the step."""
+        after = {}
+        for group in self.groups:
+            new, _ = differentiable_step(
+                group.kind, group.options, group.params, group.grads, group.states
+            )
+            after.update(zip(group.names, new, strict=True))
+        return after
+
+    def vjp(self, cotangents: Slots, *, through: bool = False) -> Slots:
+        """The vector-Jacobian product of the step.
+
+        Adaptive optimizers are differentiated in float64: in their first steps two nearly equal
+        terms cancel, which leaves few digits in float32.
+
+        Args:
+            cotangents: of the new parameters ("param") and of the new state (by its key).
+            through: also return the cotangents of the old parameters and of the old state.
+
+        Returns:
+            Cotangents of the gradients ("grad"), and of the rest where `through`.
+        """
+        result: Slots = defaultdict(dict)
+        if through:
+            own = {name for group in self.groups for name in group.names}
+            for slot, by_name in cotangents.items():
+                result[slot].update((n, c) for n, c in by_name.items() if n not in own)
+        for group in self.groups:
+            for alike in _alike(group):
+                product = _linear_vjp if group.is_linear else _elementwise_vjp
+                for slot, by_name in product(group, alike, cotangents, through).items():
+                    result[slot].update(by_name)
+        return dict(result)
+
+
+@dataclass
+class InnerStep:
+    """One step of the student: the criterion calls behind its gradient, and the update."""
+
+    calls: list[CriterionCall]
+    update: Update
+
+
+def _alike(group: GroupUpdate) -> list[list[int]]:
+    """Indices of the parameters whose updates are one and the same elementwise function."""
+    buckets: dict[Any, list[int]] = defaultdict(list)
+    for i, state in enumerate(group.states):
+        counters = ((k, float(state[k]) if k in _COUNTERS else None) for k in sorted(state))
+        buckets[(*counters, group.params[i].device, group.params[i].dtype)].append(i)
+    return list(buckets.values())
+
+
+def _linear_vjp(
+    group: GroupUpdate, indices: list[int], cotangents: Slots, through: bool
+) -> Slots:
+    """The product where every element has the same constant Jacobian, read off a single number."""
+    one = torch.ones((), dtype=torch.float64)
+    inputs = {"param": one.clone().requires_grad_(), "grad": one.clone().requires_grad_()}
+    state_keys = list(group.states[indices[0]])
+    inputs.update({k: one.clone().requires_grad_() for k in state_keys})
+    state = {k: inputs[k] for k in state_keys}
+    (param,), (new_state,) = differentiable_step(
+        group.kind, group.options, [inputs["param"]], [inputs["grad"]], [state]
+    )
+    result: Slots = defaultdict(dict)
+    for out, value in {"param": param, **new_state}.items():
+        incoming = cotangents.get(out)
+        if not incoming or not value.requires_grad:
+            continue
+        wanted = list(inputs) if through else ["grad"]
+        partials = torch.autograd.grad(
+            value, [inputs[k] for k in wanted], retain_graph=True, allow_unused=True
+        )
+        for slot, partial in zip(wanted, partials, strict=True):
+            if partial is None or partial == 0:
+                continue
+            for i in indices:
+                name = group.names[i]
+                if (given := incoming.get(name)) is None:
+                    continue
+                term = given * partial.item()
+                held = result[slot].get(name)
+                result[slot][name] = term if held is None else held.add_(term)
+    return result
+
+
+def _elementwise_vjp(
+    group: GroupUpdate, indices: list[int], cotangents: Slots, through: bool
+) -> Slots:
+    """The product through torch's update, over flat float64 chunks of parameters."""
+    first = group.states[indices[0]]
+    counters = {k: v for k, v in first.items() if k in _COUNTERS}
+    vectors = [k for k in first if k not in _COUNTERS]
+    wanted = ["grad", "param", *vectors] if through else ["grad"]
+    result: Slots = {
+        slot: {group.names[i]: group.params[i].new_empty(group.params[i].numel()) for i in indices}
+        for slot in wanted
+    }
+    for chunk in _chunks(indices, [group.params[i].numel() for i in indices]):
+
+        def flat(tensors: Mapping[int, Tensor | None]) -> Tensor:
+            parts = []
+            for i, part in chunk:
+                tensor = tensors[i]
+                if tensor is None:
+                    tensor = torch.zeros_like(group.params[i])
+                parts.append(tensor.reshape(-1)[part].double())
+            return torch.cat(parts)
+
+        inputs = {
+            "param": flat(dict(enumerate(group.params))).requires_grad_(through),
+            "grad": flat(dict(enumerate(group.grads))).requires_grad_(),
+        }
+        for key in vectors:
+            held = {i: state.get(key) for i, state in enumerate(group.states)}
+            inputs[key] = flat(held).requires_grad_(through)
+        state = {**counters, **{k: inputs[k] for k in vectors}}
+        (param,), (new_state,) = differentiable_step(
+            group.kind, group.options, [inputs["param"]], [inputs["grad"]], [state]
+        )
+        outputs, incoming = [], []
+        for out, value in {"param": param, **new_state}.items():
+            given = cotangents.get(out)
+            if given and isinstance(value, Tensor) and value.requires_grad:
+                outputs.append(value)
+                incoming.append(flat({i: given.get(group.names[i]) for i in indices}))
+        products = torch.autograd.grad(
+            outputs, [inputs[k] for k in wanted], incoming, allow_unused=True
+        )
+        for slot, product in zip(wanted, products, strict=True):
+            if product is None:
+                product = torch.zeros_like(inputs[slot])
+            pieces = product.split([part.stop - part.start for _, part in chunk])
+            for (i, part), piece in zip(chunk, pieces, strict=True):
+                result[slot][group.names[i]][part] = piece
+    shapes = {group.names[i]: group.params[i].shape for i in indices}
+    return {
+        slot: {name: flat.view(shapes[name]) for name, flat in by_name.items()}
+        for slot, by_name in result.items()
+    }
+
+
+def _chunks(indices: list[int], sizes: list[int]) -> Iterator[list[tuple[int, slice]]]:
+    """Cuts parameters into lists of (index, slice of the flat parameter) of bounded size."""
+    chunk: list[tuple[int, slice]] = []
+    room = _CHUNK
+    for index, size in zip(indices, sizes, strict=True):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            chunk.append((index, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield chunk
+                chunk, room = [], _CHUNK
+    if chunk:
+        yield chunk

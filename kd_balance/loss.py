@@ -1,0 +1,285 @@
+"""The loss: a hard and a soft term for every sample, and the weights that mix them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_balance.weight_net import DEFAULT_FEATURES, compute_features
+
+HardLoss = Callable[[Tensor, Tensor], Tensor]
+SoftLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Flat(NamedTuple):
+    """A batch whose every position is a sample, in float32 at least."""
+
+    student: Tensor  # [N, C]
+    teacher: Tensor  # [N, C], detached
+    targets: Tensor  # [N] class indices, 0 where ignored, or [N, C] probabilities
+
+
+class WeightedKDLoss(nn.Module):
+    """Knowledge distillation whose hard and soft losses are weighted sample by sample.
+
+    Every sample i has a hard loss h_i (cross entropy with the label) and a soft loss s_i
+    (T² · KL(teacher ‖ student) at temperature T). The result is the mean of
+    w_i^hard · h_i + w_i^soft · s_i, the weights coming from `weight_net`. They are constants to
+    the student's gradient; :class:`~kd_balance.BilevelOptimizer` is what trains them.
+
+    Args:
+        weight_net: maps features [N, F] to weights [N, 2]; usually a
+            :class:`~kd_balance.MetaWeightNet`. Another module is given the features it names in a
+            tuple attribute ``features``, or else ("student_ce", "teacher_ce"). None is ordinary
+            distillation with the fixed weights `alpha`.
+        temperature: T of the soft loss, above 0.
+        alpha: without a weight net, the mixture alpha · hard + (1 − alpha) · soft; or the pair
+            (hard weight, soft weight).
+        hard_loss: ``(student_logits [N, C], targets) -> [N]`` in place of cross entropy.
+        soft_loss: ``(student_logits [N, C], teacher_logits [N, C]) -> [N]`` in place of the
+            temperature KL.
+        reduction: "mean" over the samples that are not ignored, "sum", or "none" (one value for
+            each position, 0 where ignored).
+        class_dim: the dimension of the logits that holds the classes; −1 for the
+            [N, length, C] of language models.
+        ignore_index: the class index of positions that weigh nothing and are not counted.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example::
+
+        criterion = WeightedKDLoss(MetaWeightNet(), temperature=4.0)
+        loss = criterion(student(inputs), teacher_logits, targets)
+        loss.backward()
+        criterion.weights  # [N, 2]
+
+    Source: BiKD (arXiv 2605.17839), the training loss; Hinton et al. 2015 for the soft loss.
+    """
+
+    def __init__(
+        self,
+        weight_net: nn.Module | None = None,
+        *,
+        temperature: float = 4.0,
+        alpha: float | Sequence[float] = 0.5,
+        hard_loss: HardLoss | None = None,
+        soft_loss: SoftLoss | None = None,
+        reduction: str = "mean",
+        class_dim: int = 1,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        if weight_net is not None and not isinstance(weight_net, nn.Module):
+            raise ValueError(
+                f"weight_net is {weight_net!r}, expected a module such as MetaWeightNet() or None: "
+                "pass settings like temperature by keyword."
+            )
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}, expected a number above 0.")
+        pair = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, 1 - alpha)
+        if len(pair) != 2 or min(pair) < 0:
+            raise ValueError(
+                f"alpha is {alpha}, expected a number in [0, 1] or a pair (hard weight, soft "
+                "weight) of numbers that are not negative."
+            )
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
+        self.weight_net = weight_net
+        self.temperature = temperature
+        self.alpha = alpha
+        self.hard_loss = hard_loss
+        self.soft_loss = soft_loss
+        self.reduction = reduction
+        self.class_dim = class_dim
+        self.ignore_index = ignore_index
+        self._fixed_weights = pair
+        self._features: Tensor | None = None
+        self._weights: Tensor | None = None
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+        """The weighted loss of a batch.
+
+        Args:
+            student_logits: [N, C] or [N, C, d1, …], as for torch.nn.functional.cross_entropy.
+            teacher_logits: the same shape; no gradient flows into them.
+            targets: class indices, the shape of the logits without the class dimension, or class
+                probabilities, the shape of the logits.
+
+        Returns:
+            A scalar, or with reduction "none" a value for each position. float32, or float64 for
+            float64 logits.
+
+        Raises:
+            ValueError: shapes that do not belong together.
+        """
+        with _without_autocast(student_logits.device):
+            flat = self._flatten(student_logits, teacher_logits, targets)
+            losses = self._losses(flat)
+            if self.weight_net is not None:
+                self._features = compute_features(_feature_names(self.weight_net), *flat)
+            with torch.no_grad():
+                weights = self.weigh(self._features, losses)
+            kept = self.kept(targets)
+            self._weights = weights if kept is None else weights * kept.unsqueeze(1)
+            return self.combine(losses, weights, targets)
+
+    def losses(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+        """The (hard, soft) losses of every sample before weighting.
+
+        Args:
+            student_logits, teacher_logits, targets: as for the call.
+
+        Returns:
+            [N, 2], one row for each position.
+
+        Raises:
+            ValueError: shapes that do not belong together.
+        """
+        with _without_autocast(student_logits.device):
+            return self._losses(self._flatten(student_logits, teacher_logits, targets))
+
+    @property
+    def weights(self) -> Tensor:
+        """[N, 2], the (hard, soft) weights of the last call, detached; 0 where ignored."""
+        if self._weights is None:
+            raise RuntimeError("There are no weights before the first call of the criterion.")
+        return self._weights
+
+    @property
+    def last_features(self) -> Tensor | None:
+        """[N, F], what the weight net saw in the last call; None without one."""
+        return self._features
+
+    def reweigh(self) -> None:
+        """Computes `weights` of the last call anew, after the weight net has moved."""
+        kept = self.weights.any(1, keepdim=True)
+        with torch.no_grad():
+            self._weights = self.weigh(self._features, self.weights) * kept
+
+    def weigh(self, features: Tensor | None, like: Tensor) -> Tensor:
+        """The weights [N, 2] for features [N, F], with the weight net's graph.
+
+        Args:
+            features: of every sample; None where there is no weight net.
+            like: [N, 2], whose dtype and device the weights get.
+        """
+        if self.weight_net is None or features is None:
+            return like.new_tensor(self._fixed_weights).expand_as(like)
+        with _without_autocast(features.device):
+            own = next(self.weight_net.parameters(), features)
+            weights = self.weight_net(features.to(own.dtype))
+        if weights.shape != like.shape:
+            raise ValueError(
+                f"weight_net returned shape {tuple(weights.shape)}, expected {tuple(like.shape)}: "
+                "it must map features [N, F] to a hard and a soft weight [N, 2]."
+            )
+        return weights.to(like.dtype)
+
+    def combine(self, losses: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
+        """The reduced loss; bilinear in `losses` and `weights`, both [N, 2]."""
+        total = (losses * weights).sum(1)
+        kept = self.kept(targets)
+        if kept is not None:
+            total = torch.where(kept, total, 0.0)
+        if self.reduction == "none":
+            return total.view(self._positions(targets))
+        if self.reduction == "sum":
+            return total.sum()
+        count = len(total) if kept is None else kept.sum().clamp(min=1)
+        return total.sum() / count
+
+    def _flatten(self, student: Tensor, teacher: Tensor, targets: Tensor) -> _Flat:
+        if student.dim() < 2:
+            raise ValueError(
+                f"student_logits have shape {tuple(student.shape)}, expected [N, C] or "
+                "[N, C, d1, …]."
+            )
+        if teacher.shape != student.shape:
+            raise ValueError(
+                f"teacher_logits have shape {tuple(teacher.shape)}, expected that of "
+                f"student_logits, {tuple(student.shape)}: teacher and student need the same "
+                "classes and positions."
+            )
+        by_position = list(student.shape)
+        classes = by_position.pop(self.class_dim)
+        probabilities = targets.is_floating_point()
+        expected = list(student.shape) if probabilities else by_position
+        if list(targets.shape) != expected:
+            kind = "probabilities" if probabilities else "indices"
+            raise ValueError(
+                f"targets (class {kind}) have shape {tuple(targets.shape)}, expected "
+                f"{tuple(expected)} for logits {tuple(student.shape)} with class_dim="
+                f"{self.class_dim}."
+            )
+
+        def rows(tensor: Tensor) -> Tensor:
+            tensor = tensor.float() if tensor.dtype in (torch.half, torch.bfloat16) else tensor
+            return tensor.movedim(self.class_dim, -1).reshape(-1, classes)
+
+        student_rows = rows(student)
+        teacher_rows = rows(teacher.detach()).to(student_rows.dtype)
+        if probabilities:
+            return _Flat(student_rows, teacher_rows, rows(targets).to(student_rows.dtype))
+        labels = targets.reshape(-1).long()
+        labels = labels.masked_fill(labels == self.ignore_index, 0)
+        return _Flat(student_rows, teacher_rows, labels)
+
+    def _losses(self, flat: _Flat) -> Tensor:
+        if self.hard_loss is None:
+            hard = F.cross_entropy(flat.student, flat.targets, reduction="none")
+        else:
+            hard = self.hard_loss(flat.student, flat.targets)
+        if self.soft_loss is None:
+            soft = temperature_kl(flat.student, flat.teacher, self.temperature)
+        else:
+            soft = self.soft_loss(flat.student, flat.teacher)
+        for name, loss in (("hard_loss", hard), ("soft_loss", soft)):
+            if loss.shape != flat.student.shape[:1]:
+                raise ValueError(
+                    f"{name} returned shape {tuple(loss.shape)}, expected "
+                    f"({len(flat.student)},): return one loss for each sample, without reduction."
+                )
+        return torch.stack((hard, soft), dim=1)
+
+    def kept(self, targets: Tensor) -> Tensor | None:
+        """[N], which positions count; None where all do."""
+        if targets.is_floating_point():
+            return None
+        return targets.reshape(-1) != self.ignore_index
+
+    def _positions(self, targets: Tensor) -> list[int]:
+        shape = list(targets.shape)
+        if targets.is_floating_point():
+            shape.pop(self.class_dim)
+        return shape
+
+
+def temperature_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) of every sample, both softened by the temperature T.
+
+    Args:
+        student_logits, teacher_logits: [N, C].
+        temperature: T, above 0.
+
+    Returns:
+        [N], in nats times T².
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, eq. 1.
+    """
+    student = (student_logits / temperature).log_softmax(1)
+    teacher = (teacher_logits / temperature).log_softmax(1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2
+
+
+def _feature_names(weight_net: nn.Module) -> Sequence:
+    features = getattr(weight_net, "features", None)
+    return features if isinstance(features, (tuple, list)) else DEFAULT_FEATURES
+
+
+def _without_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,242 @@
+"""The meta objective: the loss on the balanced set that the weight net is trained to lower."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from kd_balance.loss import WeightedKDLoss
+from kd_balance.record import StudentCall, preserved_random_state
+
+MetaForward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+MetaLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class MetaSet:
+    """Endless meta batches out of any iterable, drawn from random numbers of their own."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        if not isinstance(loader, Iterable):
+            raise TypeError(
+                f"meta_loader is {loader!r}, expected an iterable of batches such as a DataLoader."
+            )
+        if hasattr(loader, "__len__") and len(loader) == 0:
+            raise ValueError(f"meta_loader {loader!r} is empty, expected at least one batch.")
+        self._loader = loader
+        self._iterator: Any = None
+        self._random_state: Tensor | None = None
+
+    def draw(self) -> Any:
+        """The next batch; the training loop's random numbers stay untouched."""
+        with preserved_random_state(torch.device("cpu")):
+            if self._random_state is not None:
+                torch.set_rng_state(self._random_state)
+            batch = self._next()
+            self._random_state = torch.get_rng_state()
+        return batch
+
+    def _next(self) -> Any:
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator = iter(self._loader)
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                self._iterator = None
+        raise ValueError("meta_loader yields no batch, expected at least one: give it samples.")
+
+    def state_dict(self) -> dict[str, Any]:
+        position = self._loader.state_dict() if hasattr(self._loader, "state_dict") else None
+        return {"loader": position, "random_state": self._random_state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["loader"] is not None and hasattr(self._loader, "load_state_dict"):
+            self._loader.load_state_dict(state["loader"])
+            self._iterator = None
+        self._random_state = state["random_state"]
+
+
+class MetaObjective:
+    """The meta loss of a batch as a function of the student's parameters.
+
+    Args:
+        student: called as the recorded call was.
+        criterion: its temperature, class dimension and soft loss are those of the meta loss.
+        kind: "hard", "mix", "soft" or ``(student_logits, targets) -> scalar``.
+        teacher: ``meta inputs -> teacher_logits``, for "mix" and "soft".
+        forward: ``(student, batch) -> (student_logits, targets)`` for batches of other shapes.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        criterion: WeightedKDLoss,
+        kind: str | MetaLoss,
+        teacher: Callable[..., Tensor] | None,
+        forward: MetaForward | None,
+    ) -> None:
+        if not callable(kind) and kind not in ("hard", "mix", "soft"):
+            raise ValueError(
+                f"meta_loss is {kind!r}, expected 'hard', 'mix', 'soft' or a callable "
+                "(student_logits, targets) -> scalar."
+            )
+        if kind in ("mix", "soft") and teacher is None:
+            raise ValueError(
+                f"meta_loss is {kind!r} and teacher is None, expected a callable from meta inputs "
+                "to teacher logits: pass teacher=."
+            )
+        self.kind = kind
+        self._student = student
+        self._criterion = criterion
+        self._teacher = teacher
+        self._forward = forward
+
+    def on(self, batch: Any, call: StudentCall) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """The meta loss on one batch, the student being called as it was in `call`.
+
+        Returns:
+            A function of the student's parameters by name; those missing are the student's own.
+
+        Raises:
+            ValueError: the batch does not fit the recorded call.
+        """
+        batch = tree_map(lambda x: x.to(call.device) if hasattr(x, "to") else x, batch)
+        if self._forward is None:
+            inputs, targets = _split(batch)
+            args, kwargs = _in_place_of(call, inputs)
+            if "labels" in call.kwargs:
+                kwargs["labels"] = targets
+        else:
+            inputs = batch
+        teacher_logits = self._teacher_logits(inputs)
+
+        def meta_loss(params: Mapping[str, Tensor]) -> Tensor:
+            with preserved_random_state(call.device):
+                if self._forward is None:
+                    return self._loss(call.call(params, args, kwargs), teacher_logits, targets)
+                through = _Through(self._forward, self._student)
+                output = call.through(through, "student.", params, (batch,), {})
+                return self._loss(output[0], teacher_logits, output[1])
+
+        return meta_loss
+
+    def try_out(self, meta_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+        """Evaluates a meta loss once, so that a misfit shows before the student has moved.
+
+        Raises:
+            ValueError: the student cannot be run on the batch, or the loss is no finite scalar.
+        """
+        try:
+            with torch.no_grad():
+                loss = meta_loss({})
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(
+                "the meta loss could not be computed, expected meta batches like the training "
+                f"batches, labels included: check what meta_loader yields ({error})."
+            ) from error
+        if loss.dim() != 0 or not loss.isfinite():
+            raise ValueError(
+                f"the meta loss is {loss.tolist()}, expected one finite number: check meta_loss "
+                "and what meta_loader yields."
+            )
+
+    def _teacher_logits(self, inputs: Any) -> Tensor | None:
+        if self.kind not in ("mix", "soft"):
+            return None
+        assert self._teacher is not None
+        with torch.no_grad():
+            if isinstance(inputs, Mapping) and self._forward is None:
+                logits = self._teacher(**inputs)
+            else:
+                logits = self._teacher(inputs)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"teacher returned {type(logits).__name__}, expected the tensor of its logits: "
+                "pass teacher=lambda inputs: … that picks them."
+            )
+        return logits
+
+    def _loss(self, logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+        criterion = self._criterion
+        with torch.autocast(logits.device.type, enabled=False):
+            if logits.dtype in (torch.half, torch.bfloat16):
+                logits = logits.float()
+            if callable(self.kind):
+                return self.kind(logits, targets)
+            loss = logits.new_zeros(())
+            if self.kind in ("hard", "mix"):
+                classes_second = logits.movedim(criterion.class_dim, 1)
+                if targets.is_floating_point():
+                    targets_second = targets.movedim(criterion.class_dim, 1)
+                    loss = loss + F.cross_entropy(classes_second, targets_second)
+                else:
+                    loss = loss + F.cross_entropy(
+                        classes_second, targets, ignore_index=criterion.ignore_index
+                    )
+            if self.kind in ("soft", "mix"):
+                assert teacher_logits is not None
+                soft = criterion.losses(logits, teacher_logits, targets)[:, 1]
+                kept = criterion.kept(targets)
+                loss = loss + (soft if kept is None else soft[kept]).mean()
+            return loss
+
+
+class _Through(nn.Module):
+    """The student as a submodule of a user's function, so that its parameters can be replaced."""
+
+    def __init__(self, forward: MetaForward, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+        self._function = forward
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self._function(self.student, batch)
+
+
+def _split(batch: Any) -> tuple[Any, Tensor]:
+    """Inputs and labels: the first two of a sequence, or a mapping and its key `labels`."""
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    held = f"keys {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise ValueError(
+        f"a meta batch is {held}, expected (inputs, labels) or a mapping with the key 'labels': "
+        "pass meta_forward=."
+    )
+
+
+def _in_place_of(call: StudentCall, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The recorded call's arguments with the meta inputs in the place of the training inputs."""
+    args, kwargs = list(call.args), dict(call.kwargs)
+    if isinstance(inputs, Mapping) and not (len(args) == 1 and isinstance(args[0], Mapping)):
+        names = list(inspect.signature(call.student.forward).parameters)
+        kwargs = {**dict(zip(names, args)), **kwargs}
+        left = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in inputs]
+        left = [k for k in left if k != "labels"]
+        if left:
+            raise ValueError(
+                f"a meta batch has the keys {list(inputs)} and lacks {left}, which the student was "
+                "called with: add them to the meta batches, or pass meta_forward=."
+            )
+        return (), {**kwargs, **inputs}
+    alike = Mapping if isinstance(inputs, Mapping) else Tensor
+    places = [i for i, arg in enumerate(args) if isinstance(arg, alike)]
+    named = [k for k, v in kwargs.items() if isinstance(v, alike) and k != "labels"]
+    if not isinstance(inputs, (Tensor, Mapping)) or len(places) + len(named) != 1:
+        raise ValueError(
+            f"the meta inputs are {type(inputs).__name__} and the student was called with "
+            f"{len(places) + len(named)} tensor arguments, expected a tensor for a single one: "
+            "yield a mapping by argument name, or pass meta_forward=."
+        )
+    if places:
+        args[places[0]] = inputs
+    else:
+        kwargs[named[0]] = inputs
+    return tuple(args), kwargs

@@ -1,0 +1,437 @@
+"""The wrapper: a torch optimizer that also trains the criterion's weight net."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kd_balance.hypergradient import ENGINES
+from kd_balance.inner_step import DIFFERENTIABLE, InnerStep, Update, is_differentiable
+from kd_balance.loss import WeightedKDLoss
+from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
+from kd_balance.record import CriterionCall, Recorder, replayable
+
+METHODS = ("online", "lookahead", "paper")
+
+
+class BilevelOptimizer(Optimizer):
+    """Wraps the student's optimizer, and trains the weight net through the student's own steps.
+
+    The training loop stays as it is. Every `every` steps the loss on a class-balanced meta batch
+    is evaluated at the parameters that a step leads to, its derivative is taken through that step
+    to the weight net's parameters φ (the hypergradient), and φ takes a step of its own.
+
+    Args:
+        optimizer: the student's optimizer. It stays the one that moves the student; parameter
+            groups and state are read and written through to it.
+        student: the module whose output the criterion is given. It may return its logits within
+            tuples, dicts and model outputs.
+        criterion: a WeightedKDLoss with a weight net; it is moved to the student's device.
+        meta_loader: an iterable of class-balanced batches, begun anew when it ends. A batch is
+            (inputs, labels) or a mapping with the key ``labels``; its inputs reach the student as
+            the training inputs did: a tensor in the place of the call's only tensor, a mapping as
+            keyword arguments.
+        method: "online" differentiates the step that the student takes anyway; "lookahead" moves φ
+            first, by a virtual step of `optimizer`, and then takes the real step with gradients
+            recomputed under the new φ; "paper" does so with a virtual step of plain SGD at each
+            group's learning rate, which is the BiKD authors' program and works with any optimizer.
+        engine: "adjoint" (forward mode, cheap) or "unroll" (the whole inner run as one graph, the
+            reference). They agree to rounding.
+        unroll: the number of last student steps that the hypergradient passes through, at most
+            `every`. For more than one, loss terms beside the criterion count as constants in the
+            student's curvature.
+        every: student steps for each hypergradient.
+        accumulate: hypergradients averaged before φ moves. The average stays in the ``.grad`` of
+            the weight net's parameters until the next window opens.
+        meta_loss: "hard" (cross entropy), "soft" (the criterion's soft loss), "mix" (their sum), or
+            ``(student_logits, targets) -> scalar``.
+        teacher: maps meta inputs to teacher logits, for "mix" and "soft".
+        meta_optimizer: of the weight net; default Adam(lr=1e-3, weight_decay=1e-4).
+        meta_forward: ``(student, batch) -> (student_logits, targets)`` for meta batches of any
+            other shape.
+        grad_scaler: the GradScaler of the loop, whose scale the hypergradient must not carry.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot work, before anything is changed.
+
+    Example::
+
+        criterion = WeightedKDLoss(MetaWeightNet())
+        optimizer = BilevelOptimizer(optimizer, student, criterion, meta_loader)
+        for inputs, targets in loader:
+            loss = criterion(student(inputs), teacher_logits(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    Source: BiKD (arXiv 2605.17839) for the problem and method "paper".
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        student: nn.Module,
+        criterion: WeightedKDLoss,
+        meta_loader: Iterable[Any],
+        *,
+        method: str = "online",
+        engine: str = "adjoint",
+        unroll: int = 1,
+        every: int = 1,
+        accumulate: int = 1,
+        meta_loss: str | MetaLoss = "hard",
+        teacher: Callable[..., Tensor] | None = None,
+        meta_optimizer: Optimizer | None = None,
+        meta_forward: MetaForward | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        _check_choice("method", method, METHODS)
+        _check_choice("engine", engine, tuple(ENGINES))
+        for name, value in (("unroll", unroll), ("every", every), ("accumulate", accumulate)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
+        if unroll > every:
+            raise ValueError(
+                f"unroll is {unroll} and every is {every}, expected unroll ≤ every: φ must be the "
+                f"same in all unrolled steps, so set every={unroll} or more."
+            )
+        weight_net = _weight_net_of(criterion)
+        _check_optimizer(optimizer, method)
+        module = replayable(student)
+        self._names = {param: name for name, param in module.named_parameters()}
+        _check_parameters(optimizer, self._names, weight_net)
+
+        self.optimizer = optimizer
+        self.student = student
+        self.criterion = criterion
+        self.method = method
+        self.unroll = unroll
+        self.every = every
+        self.accumulate = accumulate
+        criterion.to(next(module.parameters()).device)
+        self.meta_optimizer = meta_optimizer or torch.optim.Adam(
+            weight_net.parameters(), lr=1e-3, weight_decay=1e-4
+        )
+        self._meta_set = MetaSet(meta_loader)
+        self._objective = MetaObjective(module, criterion, meta_loss, teacher, meta_forward)
+        self._engine_name = engine
+        self._engine = ENGINES[engine]()
+        self._grad_scaler = grad_scaler
+        self._weight_net = weight_net
+        self._steps = 0
+        self._accumulated = 0
+        self._window: list[InnerStep] = []
+        self._tried = False
+        self._meta_updates = 0
+        self._meta_loss = torch.tensor(float("nan"))
+        self._hypergradient_norm = torch.tensor(float("nan"))
+        self._skipped = torch.zeros((), dtype=torch.long)
+        self.__setstate__({})  # gives this optimizer its own step hooks
+        self._recorder = Recorder(student, criterion)
+        self._open_window()
+
+    # what a torch optimizer is asked for, read and written through to the wrapped one
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def __repr__(self) -> str:
+        return f"BilevelOptimizer(method={self.method!r}, every={self.every}, {self.optimizer!r})"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+        named = replayable(self.student).named_parameters()
+        self._names = {param: name for name, param in named}
+        _check_parameters(self.optimizer, self._names, self._weight_net)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of the wrapped optimizer's parameters."""
+        self._recorder.gradients_cleared()
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Takes the student's step and, when its turn has come, the weight net's.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: no criterion result went through backward since the last step, the loss is
+                not finite, or the meta batch does not fit. The student is left as it was.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._recorder.active:
+            self._student_step(closure)
+        else:
+            calls = self._recorder.take()
+            self._recorder.active = False
+            try:
+                self._check_calls(calls)
+                self._undo_loss_scale(calls)
+                if self._window_position < self.every - 1:
+                    self._recorded_step(calls, closure)
+                else:
+                    self._bilevel_step(calls, closure)
+            except BaseException:
+                self._recorder.active = True
+                raise
+        self._steps += 1
+        self._open_window()
+        return loss
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the last meta update saw; reading it waits for the device.
+
+        ``meta_loss``, ``hypergradient_norm`` (nan before the first), ``hard_weight`` and
+        ``soft_weight`` (means over the last batch), ``meta_updates`` (steps of φ so far) and
+        ``skipped_updates`` (hypergradients that were not finite and counted as zero).
+        """
+        weights = self.criterion.weights
+        return {
+            "meta_loss": self._meta_loss.item(),
+            "hypergradient_norm": self._hypergradient_norm.item(),
+            "hard_weight": weights[:, 0].mean().item(),
+            "soft_weight": weights[:, 1].mean().item(),
+            "meta_updates": float(self._meta_updates),
+            "skipped_updates": float(self._skipped.item()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's state, and under ``kd_balance`` everything of the meta level."""
+        gradients = [p.grad for p in self._weight_net.parameters()] if self._accumulated else None
+        meta_state = {
+            "weight_net": self._weight_net.state_dict(),
+            "meta_optimizer": self.meta_optimizer.state_dict(),
+            "meta_set": self._meta_set.state_dict(),
+            "steps": self._steps,
+            "meta_updates": self._meta_updates,
+            "skipped_updates": self._skipped,
+            "accumulated": self._accumulated,
+            "hypergradient": gradients,
+        }
+        return {**self.optimizer.state_dict(), "kd_balance": meta_state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Loads what :meth:`state_dict` returned, or a checkpoint of the bare optimizer."""
+        plain = dict(state_dict)
+        meta_state = plain.pop("kd_balance", None)
+        self.optimizer.load_state_dict(plain)
+        self._window.clear()
+        self._recorder.take()
+        if meta_state is None:
+            warnings.warn(
+                "The checkpoint was written by a plain optimizer: the weight net and its optimizer "
+                "start fresh.",
+                stacklevel=2,
+            )
+            return
+        self._weight_net.load_state_dict(meta_state["weight_net"])
+        self.meta_optimizer.load_state_dict(meta_state["meta_optimizer"])
+        self._meta_set.load_state_dict(meta_state["meta_set"])
+        self._steps = meta_state["steps"]
+        self._meta_updates = meta_state["meta_updates"]
+        self._skipped = meta_state["skipped_updates"]
+        self._accumulated = meta_state["accumulated"]
+        if meta_state["hypergradient"] is not None:
+            for param, gradient in zip(self._weight_net.parameters(), meta_state["hypergradient"]):
+                param.grad = gradient.to(param)
+        self._open_window()
+
+    # the steps
+
+    @property
+    def _window_position(self) -> int:
+        return self._steps % self.every
+
+    def _open_window(self) -> None:
+        """Watches the coming step if the hypergradient will pass through it."""
+        self._recorder.active = self._window_position >= self.every - self.unroll
+
+    def _student_step(self, closure: Callable[[], Any] | None = None) -> None:
+        if closure is not None and _needs_closure(self.optimizer):
+            self.optimizer.step(closure)
+        else:
+            self.optimizer.step()
+
+    def _recorded_step(
+        self, calls: list[CriterionCall], closure: Callable[[], Any] | None
+    ) -> None:
+        """A step in the middle of an unrolled window."""
+        update = Update.of(self.optimizer, self._names)
+        update.freeze(grads=True, states=self._engine_name == "unroll")
+        self._student_step(closure)
+        self._window.append(InnerStep(calls, update))
+
+    def _bilevel_step(self, calls: list[CriterionCall], closure: Callable[[], Any] | None) -> None:
+        """The step at the end of a window: student and weight net both move."""
+        batch = self._meta_set.draw()
+        meta_loss = self._objective.on(batch, calls[-1].student_call)
+        if not self._tried:
+            self._objective.try_out(meta_loss)
+            self._tried = True
+        update = Update.of(self.optimizer, self._names, plain_sgd=self.method == "paper")
+        if self.method == "online":
+            update.freeze(grads=False, states=self._engine_name == "unroll")
+            self._student_step(closure)
+            self._meta_step([*self._window, InnerStep(calls, update)], meta_loss)
+        else:
+            moved = self._meta_step([*self._window, InnerStep(calls, update)], meta_loss)
+            if moved:
+                self._reweigh_gradients(calls, update)
+            self._student_step(closure)
+        self._window.clear()
+
+    def _meta_step(
+        self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
+    ) -> bool:
+        """Adds a hypergradient to the average; moves φ when enough are in, and says so."""
+        live = {name: param for param, name in self._names.items()}
+        after = {name: live[name].detach() for step in steps for name in step.update.params}
+        if self.method != "online":
+            after.update(steps[-1].update.apply())
+        loss, hypergradient = self._engine(self.criterion, steps, meta_loss, after)
+        norm = torch.stack([g.norm() for g in hypergradient]).norm()
+        finite = norm.isfinite()
+        if self._accumulated == 0:
+            self.meta_optimizer.zero_grad()
+        for param, gradient in zip(self._weight_net.parameters(), hypergradient, strict=True):
+            gradient = torch.where(finite, gradient, 0) / self.accumulate
+            param.grad = gradient if param.grad is None else param.grad + gradient
+        self._meta_loss, self._hypergradient_norm = loss, norm
+        self._skipped = self._skipped.to(norm.device) + ~finite
+        self._accumulated += 1
+        if self._accumulated < self.accumulate:
+            return False
+        self.meta_optimizer.step()
+        self._accumulated = 0
+        self._meta_updates += 1
+        return True
+
+    def _reweigh_gradients(self, calls: list[CriterionCall], update: Update) -> None:
+        """Turns the student's gradients into those under the new φ, in place."""
+        leaves = {name: p.detach().requires_grad_() for name, p in update.params.items()}
+        for call in calls:
+            with torch.no_grad():
+                weights = self.criterion.weigh(call.features, call.weights)
+            with torch.enable_grad():
+                losses = call.losses(self.criterion, leaves)
+                change = self.criterion.combine(losses, weights - call.weights, call.targets)
+            gradients = torch.autograd.grad(
+                change, list(leaves.values()), call.upstream, allow_unused=True
+            )
+            for name, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    update.grads[name].add_(gradient)
+        self.criterion.reweigh()
+
+    def _check_calls(self, calls: list[CriterionCall]) -> None:
+        if not calls:
+            raise ValueError(
+                "step() was called and no result of the criterion went through backward() since "
+                "the last step, expected one: compute the loss with the criterion that this "
+                "optimizer was given, on the output of the student that it was given."
+            )
+        if self._grad_scaler is None:
+            for call in calls:
+                # on an accelerator the check would wait for the device: see metrics
+                if call.result.device.type == "cpu" and not call.result.isfinite().all():
+                    raise ValueError(
+                        f"the criterion returned {call.result.flatten()[0].item()}, expected a "
+                        "finite loss: look for nan or inf in the student's or teacher's logits."
+                    )
+
+    def _undo_loss_scale(self, calls: list[CriterionCall]) -> None:
+        if self._grad_scaler is None or not self._grad_scaler.is_enabled():
+            return
+        for call in calls:
+            assert call.upstream is not None
+            scale = self._grad_scaler.scale(torch.ones((), device=call.upstream.device))
+            call.upstream = call.upstream / scale
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}.")
+
+
+def _weight_net_of(criterion: WeightedKDLoss) -> nn.Module:
+    if not isinstance(criterion, WeightedKDLoss):
+        raise TypeError(
+            f"criterion is {type(criterion).__name__}, expected a WeightedKDLoss: put your own "
+            "losses into its hard_loss and soft_loss."
+        )
+    if criterion.weight_net is None:
+        raise ValueError(
+            "criterion has no weight_net, expected one to train: write "
+            "WeightedKDLoss(MetaWeightNet(), …)."
+        )
+    return criterion.weight_net
+
+
+def _check_optimizer(optimizer: Optimizer, method: str) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer is {type(optimizer).__name__}, expected a torch.optim.Optimizer."
+        )
+    if method != "paper" and not is_differentiable(optimizer):
+        names = ", ".join(kind.__name__ for kind in DIFFERENTIABLE)
+        raise ValueError(
+            f"optimizer is {type(optimizer).__name__}, whose step cannot be differentiated; "
+            f"expected one of {names}: use one of these, or method='paper', which works with any."
+        )
+
+
+def _check_parameters(
+    optimizer: Optimizer, names: Mapping[Tensor, str], weight_net: nn.Module
+) -> None:
+    params = {p for group in optimizer.param_groups for p in group["params"]}
+    if any(p in params for p in weight_net.parameters()):
+        raise ValueError(
+            "optimizer holds parameters of the weight net, expected the student's alone: the "
+            "weight net has a meta_optimizer of its own."
+        )
+    if not any(p in params for p in names):
+        raise ValueError(
+            "optimizer holds no parameter of the student, expected the optimizer that moves it: "
+            "wrap that one, and give the same student."
+        )
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

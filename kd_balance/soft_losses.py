@@ -1,0 +1,139 @@
+"""Soft losses, to take the temperature KL's place in ``WeightedKDLoss``.
+
+Each maps (student_logits [N, C], teacher_logits [N, C]) to one loss a sample, [N].
+:class:`DecoupledKD` also needs the targets, because it treats the label's class apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_balance.hard_losses import effective_number_weights
+
+
+class FlattenedKL(nn.Module):
+    """KL to a teacher whose probabilities are flattened by a power before the comparison.
+
+    Args:
+        temperature: T, above 0, which softens student and teacher.
+        power: in (0, 1]: the teacher's probabilities are raised to it and normalised again; 1 is
+            the plain temperature KL.
+
+    Calling it with student_logits and teacher_logits [N, C] gives T² · KL, [N].
+
+    Raises:
+        ValueError: temperature or power out of its range.
+
+    Source: He, Wu, Wei, "Distilling Virtual Examples for Long-tailed Recognition" (DiVE), 2021:
+    the virtual examples' power normalisation, 0.5 in the paper.
+    """
+
+    def __init__(self, temperature: float = 4.0, power: float = 0.5) -> None:
+        super().__init__()
+        self.temperature = _positive("temperature", temperature)
+        if not 0 < power <= 1:
+            raise ValueError(f"power is {power}, expected a number above 0 and at most 1.")
+        self.power = power
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        teacher = (self.power * teacher_logits / self.temperature).log_softmax(1)
+        return _scaled_kl(student_logits, teacher, self.temperature)
+
+
+class BalancedKL(nn.Module):
+    """KL to a teacher whose probabilities are weighted by class and normalised again.
+
+    Args:
+        class_counts: training samples of each class [C], each above 0; rare classes weigh more,
+            by their effective number of samples.
+        temperature: T, above 0, which softens student and teacher.
+        beta: in [0, 1), of the effective number.
+
+    Calling it with student_logits and teacher_logits [N, C] gives T² · KL, [N].
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Source: Zhang et al., "Balanced Knowledge Distillation for Long-tailed Learning", 2021, eq. 8;
+    the weights are those of Cui et al. 2019, eq. 2.
+    """
+
+    log_weight: Tensor
+
+    def __init__(
+        self,
+        class_counts: Tensor | Sequence[int],
+        temperature: float = 2.0,
+        beta: float = 0.9999,
+    ) -> None:
+        super().__init__()
+        self.temperature = _positive("temperature", temperature)
+        self.register_buffer("log_weight", effective_number_weights(class_counts, beta).log())
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        weighted = teacher_logits / self.temperature + self.log_weight.to(teacher_logits)
+        return _scaled_kl(student_logits, weighted.log_softmax(1), self.temperature)
+
+
+class DecoupledKD(nn.Module):
+    """KL split into the label's class against the rest, and the rest among themselves.
+
+    Args:
+        target_weight: alpha, of the KL between (label, not label) probabilities.
+        other_weight: beta, of the KL among the other classes, which ordinary distillation scales
+            down by the teacher's confidence.
+        temperature: T, above 0.
+
+    Calling it with student_logits, teacher_logits [N, C] and class indices [N] gives
+    T² · (alpha · TCKD + beta · NCKD), [N].
+
+    Raises:
+        ValueError: a temperature out of its range.
+
+    Source: Zhao et al., "Decoupled Knowledge Distillation", 2022, eq. 7.
+    """
+
+    needs_targets = True
+
+    def __init__(
+        self, target_weight: float = 1.0, other_weight: float = 8.0, temperature: float = 4.0
+    ) -> None:
+        super().__init__()
+        self.target_weight = target_weight
+        self.other_weight = other_weight
+        self.temperature = _positive("temperature", temperature)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+        is_label = F.one_hot(targets, student_logits.shape[1]).bool()
+        student_two, student_rest = self._decouple(student_logits, is_label)
+        teacher_two, teacher_rest = self._decouple(teacher_logits, is_label)
+        target = _kl(student_two, teacher_two)
+        other = _kl(student_rest, teacher_rest)
+        return (self.target_weight * target + self.other_weight * other) * self.temperature**2
+
+    def _decouple(self, logits: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
+        """Log probabilities [N, 2] of label and rest, and [N, C − 1] within the rest."""
+        logits = logits / self.temperature
+        label = logits[is_label].unsqueeze(1)
+        rest = logits[~is_label].view(len(logits), -1)
+        two = torch.cat((label, rest.logsumexp(1, keepdim=True)), dim=1)
+        return two.log_softmax(1), rest.log_softmax(1)
+
+
+def _scaled_kl(student_logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    return _kl((student_logits / temperature).log_softmax(1), teacher) * temperature**2
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of log probabilities [N, C], [N]."""
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"{name} is {value}, expected a number above 0.")
+    return value

@@ -1,0 +1,138 @@
+"""The weight network and the table of per-sample features it can look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Feature = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(student_logits [N, C], teacher_logits [N, C], targets [N] or [N, C]) -> [N]."""
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_probabilities = logits.log_softmax(1)
+    return -(log_probabilities.exp() * log_probabilities).sum(1)
+
+
+def _kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    return F.kl_div(
+        student_logits.log_softmax(1),
+        teacher_logits.log_softmax(1),
+        reduction="none",
+        log_target=True,
+    ).sum(1)
+
+
+def _margin(logits: Tensor, targets: Tensor) -> Tensor:
+    label = (targets.argmax(1) if targets.dim() == 2 else targets).unsqueeze(1)
+    others = logits.scatter(1, label, float("-inf")).amax(1)
+    return logits.gather(1, label).squeeze(1) - others
+
+
+FEATURES: dict[str, Feature] = {
+    "student_ce": lambda s, t, y: F.cross_entropy(s, y, reduction="none"),
+    "teacher_ce": lambda s, t, y: F.cross_entropy(t, y, reduction="none"),
+    "kl": lambda s, t, y: _kl(s, t),
+    "student_entropy": lambda s, t, y: _entropy(s),
+    "teacher_entropy": lambda s, t, y: _entropy(t),
+    "student_margin": lambda s, t, y: _margin(s, y),
+    "teacher_margin": lambda s, t, y: _margin(t, y),
+}
+"""Per-sample features by name, all at temperature 1 and in nats.
+
+- ``student_ce``, ``teacher_ce``: cross entropy with the label
+- ``kl``: KL(teacher ‖ student)
+- ``student_entropy``, ``teacher_entropy``: entropy of the prediction
+- ``student_margin``, ``teacher_margin``: logit of the label minus the largest other logit
+"""
+
+DEFAULT_FEATURES = ("student_ce", "teacher_ce")
+
+
+def compute_features(
+    features: Sequence[str | Feature],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """The features of every sample, detached.
+
+    Args:
+        features: names in :data:`FEATURES`, or callables of the same signature.
+        student_logits: [N, C].
+        teacher_logits: [N, C].
+        targets: class indices [N] or class probabilities [N, C].
+
+    Returns:
+        [N, len(features)].
+
+    Raises:
+        ValueError: a callable returned another shape than [N].
+    """
+    columns = []
+    with torch.no_grad():
+        for feature in features:
+            function = FEATURES[feature] if isinstance(feature, str) else feature
+            column = function(student_logits, teacher_logits, targets)
+            if column.shape != student_logits.shape[:1]:
+                raise ValueError(
+                    f"feature {feature!r} returned shape {tuple(column.shape)}, expected "
+                    f"({len(student_logits)},): return one number for each sample."
+                )
+            columns.append(column)
+        return torch.stack(columns, dim=1)
+
+
+class MetaWeightNet(nn.Module):
+    """A small network that gives every sample its own hard and soft weight.
+
+    Args:
+        features: what it sees of a sample: names in :data:`kd_balance.weight_net.FEATURES`, or
+            callables ``(student_logits [N, C], teacher_logits [N, C], targets) -> [N]``.
+        hidden: widths of the hidden layers, tanh between them.
+
+    Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1).
+
+    Raises:
+        ValueError: an unknown feature name, no feature, or a width below one.
+
+    Example::
+
+        weight_net = MetaWeightNet(features=("student_ce", "teacher_ce", "kl"), hidden=(64,))
+        weights = weight_net(torch.rand(8, 3))  # [8, 2]
+
+    Source: BiKD (arXiv 2605.17839); the architecture is that of the authors' program, which uses
+    hidden layers (64, 64) for 100 classes and (64,) for 10.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[str | Feature] = DEFAULT_FEATURES,
+        hidden: Sequence[int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        if isinstance(features, str) or not features:
+            raise ValueError(
+                f"features is {features!r}, expected a tuple of at least one feature: write "
+                "features=('student_ce', 'teacher_ce') for example."
+            )
+        for feature in features:
+            if not callable(feature) and feature not in FEATURES:
+                raise ValueError(
+                    f"feature {feature!r} is unknown, expected one of {', '.join(FEATURES)}: "
+                    "choose among these or give a callable."
+                )
+        if any(width < 1 for width in hidden):
+            raise ValueError(f"hidden is {tuple(hidden)}, expected widths of at least 1.")
+        self.features = tuple(features)
+        widths = [len(self.features), *hidden]
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(widths, widths[1:]):
+            layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 2), nn.Sigmoid())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
