@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from kd_balance.data import Labels
 from kd_balance.loss import WeightedKDLoss
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
-_SMOOTHED_POINTS = 60  # a longer record is drawn as moving averages over this part of it
+_POINTS = 50  # of a line at most; a longer record is averaged over stretches
 
 
 class WeightHistory:
@@ -51,12 +49,13 @@ class WeightHistory:
             raise ValueError(f"every is {every}, expected at least 1 call for each row.")
         self._num_classes = num_classes
         self._every = every
-        self._calls = 0  # recorded so far, the last `_open_calls` of them in `_open`
+        self._calls = 0
+        # A row is [C, 3], the sums of (1, hard weight, soft weight) over the samples of a class.
+        self._open: Tensor | None = None  # the row that is being filled
         self._open_calls = 0
-        self._open: Tensor | None = None  # [C, 3]: sums of (1, hard weight, soft weight)
-        self._steps: list[int] = []  # of each row, `_calls` at its end
-        self._fetched: list[Tensor] = []  # rows already on the CPU, then those that are not
-        self._waiting: list[Tensor] = []
+        self._waiting: list[Tensor] = []  # full rows, still on the device of the weights
+        self._fetched = torch.zeros(0, num_classes or 0, 3)  # full rows, on the CPU
+        self._steps: list[int] = []  # of each full row, the calls up to its end
         self._hook = criterion.register_forward_hook(self._record, with_kwargs=True)
 
     def close(self) -> None:
@@ -86,14 +85,14 @@ class WeightHistory:
         """Write the arrays of :meth:`table` to an .npz file, for numpy.load."""
         np.savez(path, **self.table())
 
-    def plot(self, path: str | PathLike[str], class_counts: Labels | None = None) -> None:
+    def plot(self, path: str | PathLike[str], class_counts: ArrayLike | None = None) -> None:
         """Draw the hard and the soft weight of every class over the training calls.
 
-        The colours run from the most frequent class to the rarest. A long record is drawn as
-        moving averages.
+        The colours run from the most frequent class to the rarest. A long record is drawn as the
+        means of 50 stretches.
 
         Args:
-            path: of the picture; its suffix decides the format, as in matplotlib's savefig.
+            path: of the picture; its suffix decides the format, as for matplotlib's savefig.
             class_counts: training samples of each class [C], which order the colours; by default
                 the samples recorded.
 
@@ -103,39 +102,141 @@ class WeightHistory:
             ImportError: matplotlib is missing.
         """
         try:
+            from matplotlib import colormaps
             from matplotlib.cm import ScalarMappable
             from matplotlib.colors import BoundaryNorm, ListedColormap
             from matplotlib.figure import Figure
-            from matplotlib import colormaps
         except ImportError as error:
             raise ImportError(
-                "WeightHistory.plot draws with matplotlib, which is missing: "
+                "WeightHistory.plot needs matplotlib, which is missing: install it by "
                 "pip install 'kd-balance[plot]'."
             ) from error
 
-        table = self.table()
-        rows, classes = table["count"].shape
+        sums = self._rows().numpy()
+        rows, classes, _ = sums.shape
         if rows == 0:
             raise RuntimeError(
-                f"There is nothing to draw yet, expected at least {self._every} training calls of "
-                "the criterion: plot after training, and make the WeightHistory before it."
+                f"Nothing was recorded, expected {self._every} or more training calls of the "
+                "criterion: make the WeightHistory before training and plot after it."
             )
-        seen = table["count"].sum(0)
-        frequency = seen if class_counts is None else np.asarray(class_counts)
+        if class_counts is None:
+            frequency, unit = sums[..., 0].sum(0), "times seen"
+        else:
+            frequency, unit = np.asarray(class_counts), "samples"
         if frequency.shape != (classes,):
             raise ValueError(
-                f"class_counts has shape {frequency.shape}, expected ({classes},): one number for "
-                "each class."
+                f"class_counts has shape {frequency.shape}, expected ({classes},): give one number "
+                "for each class."
             )
+        blocks = min(rows, _POINTS)
+        starts = np.linspace(0, rows, blocks, endpoint=False).astype(int)
+        sums = np.add.reduceat(sums, starts)
+        steps = np.array(self._steps)[np.append(starts[1:], rows) - 1]
+        calls = round(self._every * rows / blocks)
+
         head_to_tail = np.argsort(-frequency, kind="stable")
+        # Without the palest tenth, which does not show on white.
+        colors = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, classes)))
+
+        alpha = 1.0 if classes <= 20 else 0.6
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for column, (panel, name) in enumerate(zip(panels, ("hard", "soft")), start=1):
+            for rank, c in enumerate(head_to_tail):
+                there = sums[:, c, 0] > 0
+                mean = sums[there, c, column] / sums[there, c, 0]
+                marker = "o" if len(mean) == 1 else ""
+                panel.plot(steps[there], mean, marker=marker, color=colors(rank), alpha=alpha)
+            panel.set_title(f"{name} weight")
+            panel.set_xlabel("training calls of the criterion")
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel("class mean" + (f", over {calls} calls" if calls > 1 else ""))
+
+        ranks = np.unique(np.linspace(0, classes - 1, min(classes, 11)).round().astype(int))
+        bar = figure.colorbar(
+            ScalarMappable(BoundaryNorm(np.arange(classes + 1) - 0.5, classes), colors),
+            ax=panels,
+            ticks=ranks,
+            label=f"class ({unit}), the most frequent on top",
+        )
+        bar.ax.set_yticklabels([f"{c} ({frequency[c]:.0f})" for c in head_to_tail[ranks]])
+        bar.ax.tick_params(length=0)
+        bar.ax.minorticks_off()
+        bar.ax.invert_yaxis()
+        figure.savefig(path, dpi=150)
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole record, on the CPU, in types that torch.load(weights_only=True) takes."""
-        rows = self._rows()
+        """The whole record, with its tensors on the CPU."""
         return {
             "calls": self._calls,
             "open_calls": self._open_calls,
             "open": None if self._open is None else self._open.cpu().clone(),
-            "steps": list(self._steps),
-            "rows": rows,
+            "rows": self._rows(),
+            "steps": torch.tensor(self._steps, dtype=torch.long),
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the record of an earlier run.
+
+        Args:
+            state: what :meth:`state_dict` returned there.
+
+        Raises:
+            ValueError: a record with another number of classes.
+        """
+        classes = state["rows"].shape[1]
+        if self._num_classes not in (None, classes):
+            raise ValueError(
+                f"The state records {classes} classes, expected {self._num_classes}: make this "
+                "WeightHistory with the num_classes of the saved one."
+            )
+        self._calls = state["calls"]
+        self._open_calls = state["open_calls"]
+        self._open = None if state["open"] is None else state["open"].clone()
+        self._waiting = []
+        self._fetched = state["rows"].cpu()
+        self._steps = state["steps"].tolist()
+
+    def _record(
+        self, criterion: WeightedKDLoss, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor
+    ) -> None:
+        if not (criterion.training and torch.is_grad_enabled()):
+            return
+        call = dict(zip(("student_logits", "teacher_logits", "targets"), args)) | kwargs
+        targets = call["targets"]
+        classes = call["student_logits"].shape[criterion.class_dim]
+        if self._num_classes is None:
+            self._num_classes = classes
+            self._fetched = torch.zeros(0, classes, 3)
+        if classes > self._num_classes:
+            raise ValueError(
+                f"The logits have {classes} classes, expected {self._num_classes} at most: give "
+                "WeightHistory that num_classes, or none."
+            )
+        if targets.is_floating_point():
+            labels = targets.argmax(criterion.class_dim).flatten()
+            kept = torch.ones_like(labels, dtype=torch.bool)
+        else:
+            labels = targets.flatten().long()
+            kept = labels != criterion.ignore_index
+        # Ignored positions go to class 0 as zeros: picking the others out would wait for the GPU.
+        added = torch.cat((kept.unsqueeze(1), criterion.weights.float()), dim=1)
+        if self._open is None:
+            self._open = added.new_zeros(self._num_classes, 3)
+        self._open = self._open.to(added.device)
+        self._open.index_add_(0, labels.masked_fill(~kept, 0), added)
+        self._calls += 1
+        self._open_calls += 1
+        if self._open_calls >= self._every:
+            self._waiting.append(self._open)
+            self._steps.append(self._calls)
+            self._open, self._open_calls = None, 0
+
+    def _rows(self) -> Tensor:
+        """All full rows, [R, C, 3] on the CPU."""
+        if self._waiting:
+            waiting = torch.stack(self._waiting).cpu()
+            self._fetched = torch.cat((self._fetched, waiting))
+            self._waiting = []
+        return self._fetched

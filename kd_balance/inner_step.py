@@ -58,6 +58,9 @@ def differentiable_step(
 ) -> tuple[list[Tensor], list[State]]:
     """One optimizer step as a differentiable function of parameters, gradients and state.
 
+    Adaptive optimizers are computed in float64: in the derivative of their first steps two nearly
+    equal terms cancel, which leaves few digits in float32.
+
     Args:
         kind: one of :data:`DIFFERENTIABLE`.
         options: the hyperparameters of a parameter group, as `kind` takes them.
@@ -68,14 +71,15 @@ def differentiable_step(
     Returns:
         The new parameters and the new states. No argument is modified.
     """
-    fresh = [p.clone() for p in params]
+    exact = torch.float64 if kind is not torch.optim.SGD else None
+    fresh = [p.to(exact, copy=True) for p in params]
     with _float64_counters():
         optimizer = kind(fresh, **options, foreach=False, differentiable=True)  # type: ignore
         for new, param, grad, state in zip(fresh, params, grads, states, strict=True):
+            state = {k: v.to(exact, copy=True) for k, v in state.items()}
             if kind is not torch.optim.SGD:
-                grad = _off_the_kink(grad)
-            state = _copied(state)
-            if kind is torch.optim.SGD and options.get("momentum") and not state:
+                grad = _off_the_kink(grad.to(exact))
+            elif options.get("momentum") and not state:
                 state["momentum_buffer"] = _first_momentum_buffer(options, param, grad)
             if state:
                 optimizer.state[new] = state
@@ -83,7 +87,11 @@ def differentiable_step(
         optimizer.step()
     for new in fresh:
         new.grad = None
-    return fresh, [dict(optimizer.state[new]) for new in fresh]
+    moved = [new.to(p.dtype) for new, p in zip(fresh, params, strict=True)]
+    return moved, [
+        {k: v if k in _COUNTERS else v.to(p.dtype) for k, v in optimizer.state[new].items()}
+        for new, p in zip(fresh, params, strict=True)
+    ]
 
 
 @contextmanager
@@ -97,14 +105,9 @@ def _float64_counters() -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _copied(state: State) -> State:
-    return {k: v.double().clone() if k in _COUNTERS else v.clone() for k, v in state.items()}
-
-
 def _off_the_kink(grad: Tensor) -> Tensor:
     """Moves exact zeros, where sqrt(grad²) has no derivative and autograd gives nan."""
-    tiny = torch.finfo(torch.float32 if grad.dtype != torch.float64 else grad.dtype).tiny
-    return grad + (grad == 0) * (1e3 * tiny**0.5)
+    return grad + (grad == 0).to(grad.dtype) * (1e3 * torch.finfo(grad.dtype).tiny ** 0.5)
 
 
 def _first_momentum_buffer(options: Mapping[str, Any], param: Tensor, grad: Tensor) -> Tensor:
@@ -217,7 +220,9 @@ class Update:
             if grads:
                 group.grads = [g.clone() for g in group.grads]
             if states or not group.is_linear:
-                group.states = [_copied(state) for state in group.states]
+                group.states = [
+                    {k: v.clone() for k, v in state.items()} for state in group.states
+                ]
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -241,9 +246,6 @@ class Update:
 
     def vjp(self, cotangents: Slots, *, through: bool = False) -> Slots:
         """The vector-Jacobian product of the step.
-
-        Adaptive optimizers are differentiated in float64: in their first steps two nearly equal
-        terms cancel, which leaves few digits in float32.
 
         Args:
             cotangents: of the new parameters ("param") and of the new state (by its key).
@@ -319,7 +321,7 @@ def _linear_vjp(
 def _elementwise_vjp(
     group: GroupUpdate, indices: list[int], cotangents: Slots, through: bool
 ) -> Slots:
-    """The product through torch's update, over flat float64 chunks of parameters."""
+    """The product through torch's update, over flat chunks of parameters."""
     first = group.states[indices[0]]
     counters = {k: v for k, v in first.items() if k in _COUNTERS}
     vectors = [k for k in first if k not in _COUNTERS]
@@ -336,7 +338,7 @@ def _elementwise_vjp(
                 tensor = tensors[i]
                 if tensor is None:
                     tensor = torch.zeros_like(group.params[i])
-                parts.append(tensor.reshape(-1)[part].double())
+                parts.append(tensor.reshape(-1)[part])
             return torch.cat(parts)
 
         inputs = {
