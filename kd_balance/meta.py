@@ -222,8 +222,8 @@ def _in_place_of(call: StudentCall, inputs: Any) -> tuple[tuple[Any, ...], dict[
         left = [k for k in left if k != "labels"]
         if left:
             raise ValueError(
-                f"a meta batch has the keys {list(inputs)} and lacks {left}, which the student was "
-                "called with: add them to the meta batches, or pass meta_forward=."
+                f"a meta batch has the keys {list(inputs)}, expected also {left}, which the student "
+                "was called with: add them to the meta batches, or pass meta_forward=."
             )
         return (), {**kwargs, **inputs}
     alike = Mapping if isinstance(inputs, Mapping) else Tensor

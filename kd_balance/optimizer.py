@@ -128,6 +128,7 @@ class BilevelOptimizer(Optimizer):
         self._accumulated = 0
         self._window: list[InnerStep] = []
         self._tried = False
+        self._watching = True
         self._meta_updates = 0
         self._meta_loss = torch.tensor(float("nan"))
         self._hypergradient_norm = torch.tensor(float("nan"))
@@ -213,6 +214,12 @@ class BilevelOptimizer(Optimizer):
         self._open_window()
         return loss
 
+    def close(self) -> None:
+        """Stops watching student and criterion; the student's optimizer goes on by itself."""
+        self._recorder.close()
+        self._watching = False
+        self._open_window()
+
     @property
     def metrics(self) -> dict[str, float]:
         """What the last meta update saw; reading it waits for the device.
@@ -280,7 +287,8 @@ class BilevelOptimizer(Optimizer):
 
     def _open_window(self) -> None:
         """Watches the coming step if the hypergradient will pass through it."""
-        self._recorder.active = self._window_position >= self.every - self.unroll
+        in_reach = self._window_position >= self.every - self.unroll
+        self._recorder.active = self._watching and in_reach
 
     def _student_step(self, closure: Callable[[], Any] | None = None) -> None:
         if closure is not None and _needs_closure(self.optimizer):

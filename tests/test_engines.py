@@ -72,3 +72,65 @@ def test_engines_agree_in_float64(student, optimizer, warm, unroll):
 @pytest.mark.parametrize("student", ["mlp", "conv", "transformer"])
 def test_engines_agree_in_float32(student, optimizer, warm, unroll):
     assert_engines_agree(student, optimizer, warm=warm, unroll=unroll, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("method", ["online", "lookahead", "paper"])
+@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_engines_agree_for_every_method_and_several_groups(student, unroll, method):
+    assert_engines_agree(student, "adamw", unroll=unroll, method=method, groups=True, warm=True)
+
+
+@pytest.mark.parametrize("meta_loss", ["hard", "mix", "soft", "callable"])
+def test_engines_agree_for_every_meta_loss(meta_loss):
+    teacher = torch.nn.Linear(8, 5).double()
+    if meta_loss == "callable":
+        meta_loss = nn.MultiMarginLoss()
+    assert_engines_agree("mlp", meta_loss=meta_loss, teacher=teacher)
+
+
+class Table(nn.Module):
+    """Weights that are parameters, whatever the features: one pair for each sample."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.weights = nn.Parameter(0.3 + 0.4 * torch.rand(count, 2).double())
+
+    def forward(self, features):
+        return self.weights
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("optimizer", ["sgd-nesterov", "sgd-dampening", "adamw", "adagrad"])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_online_is_the_finite_difference_of_the_real_step(student, optimizer, warm):
+    def trajectory(nudge, record=False):
+        """One real step with one weight nudged, by torch's own optimizer; then the meta loss."""
+        run = Run(student)
+        torch.manual_seed(1)
+        criterion = WeightedKDLoss(Table(run.batch), temperature=2.0)
+        inner = OPTIMIZERS[optimizer](run.student.parameters())
+        steps, meta = run.batches(2), run.meta_batches(1)
+        if warm:
+            inputs, teacher_logits, labels = steps[0]
+            criterion(logits_of(run.student(inputs)), teacher_logits, labels).backward()
+            inner.step()
+            inner.zero_grad()
+        criterion.weight_net.weights.data[4, 1] += nudge
+        if record:
+            inner = BilevelOptimizer(inner, run.student, criterion, meta)
+        inputs, teacher_logits, labels = steps[1]
+        torch.manual_seed(2)
+        criterion(logits_of(run.student(inputs)), teacher_logits, labels).backward()
+        torch.manual_seed(3)
+        inner.step()
+        if record:
+            return criterion.weight_net.weights.grad[4, 1]
+        torch.manual_seed(3)
+        inputs, labels = meta[0]
+        with torch.no_grad():
+            return nn.functional.cross_entropy(logits_of(run.student(inputs)), labels)
+
+    h = 2e-6
+    slope = (trajectory(h) - trajectory(-h)) / (2 * h)
+    torch.testing.assert_close(trajectory(0, record=True), slope, rtol=1e-4, atol=1e-10)

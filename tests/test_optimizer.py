@@ -1,0 +1,263 @@
+"""BilevelOptimizer as a torch optimizer, what it counts, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
+from tests.students import CLASSES, MLP, OPTIMIZERS, Run, relative_error
+
+
+class Setting:
+    """A student, its criterion and optimizer, and a step to take with them."""
+
+    def __init__(self, student=None, optimizer=None, criterion=None, meta=None, **settings):
+        self.run = Run("mlp", torch.float32)
+        self.student = student or self.run.student
+        self.criterion = criterion or WeightedKDLoss(MetaWeightNet(hidden=(4,)))
+        self.inner = optimizer or OPTIMIZERS["sgd-momentum"](self.student.parameters())
+        self.meta = self.run.meta_batches(2) if meta is None else meta
+        self.settings = settings
+
+    def wrapped(self):
+        return BilevelOptimizer(
+            self.inner, self.student, self.criterion, self.meta, **self.settings
+        )
+
+    def loss(self, logits=None):
+        inputs, teacher_logits, labels = self.run.batches(1)[0]
+        logits = self.student(inputs) if logits is None else logits(self.student(inputs))
+        return self.criterion(logits, teacher_logits, labels)
+
+
+def phi(criterion):
+    return [p.detach().clone() for p in criterion.weight_net.parameters()]
+
+
+# what is refused
+
+
+def refused_when_wrapped():
+    student = MLP()
+    net = MetaWeightNet()
+    shared = torch.optim.SGD([*student.parameters(), *net.parameters()], lr=0.1)
+    other = torch.optim.SGD(MLP().parameters(), lr=0.1)
+    lbfgs = torch.optim.LBFGS(student.parameters())
+    return {
+        "method is 'onlin'": dict(method="onlin"),
+        "engine is 'higher'": dict(engine="higher"),
+        "unroll is 4 and every is 2": dict(unroll=4, every=2),
+        "every is 0": dict(every=0),
+        "accumulate is 1.5": dict(accumulate=1.5),
+        "is empty": dict(meta=[]),
+        "meta_loader is 3": dict(meta=3),
+        "meta_loss is 'medium'": dict(meta_loss="medium"),
+        "teacher is None": dict(meta_loss="soft"),
+        "has no weight_net": dict(criterion=WeightedKDLoss()),
+        "criterion is CrossEntropyLoss": dict(criterion=nn.CrossEntropyLoss()),
+        "parameters of the weight net": dict(
+            student=student, optimizer=shared, criterion=WeightedKDLoss(net)
+        ),
+        "holds no parameter of the student": dict(optimizer=other),
+        "optimizer is LBFGS.*SGD, Adam.*method='paper'": dict(student=student, optimizer=lbfgs),
+        "optimizer is str": dict(optimizer="sgd"),
+    }
+
+
+@pytest.mark.parametrize("message", refused_when_wrapped())
+def test_bad_arguments_are_refused_when_wrapped(message):
+    setting = Setting(**refused_when_wrapped()[message])
+    before = [p.clone() for p in setting.student.parameters()]
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        setting.wrapped()
+    assert_one_sentence(error)
+    assert relative_error(setting.student.parameters(), before) == 0
+    assert not setting.student._forward_hooks and not setting.criterion._forward_hooks
+
+
+def assert_one_sentence(error):
+    text = str(error.value)
+    assert text.endswith(".") and "\n" not in text and text.count(". ") == 0, text
+
+
+def endless_nothing():
+    yield from ()
+
+
+REFUSED_BATCHES = {
+    "wrong inputs": [(torch.randn(4, 9), torch.arange(4))],
+    "wrong number of labels": [(torch.randn(4, 8), torch.arange(3))],
+    "labels out of range": [(torch.randn(4, 8), torch.arange(4) + CLASSES)],
+    "no labels": [torch.randn(4, 8)],
+    "mapping without labels": [{"inputs": torch.randn(4, 8)}],
+    "mapping without an argument": [{"wrong": torch.randn(4, 8), "labels": torch.arange(4)}],
+    "nan": [(torch.full((4, 8), torch.nan), torch.arange(4))],
+    "nothing": endless_nothing(),
+}
+
+
+@pytest.mark.parametrize("method", ["online", "lookahead", "paper"])
+@pytest.mark.parametrize("name", REFUSED_BATCHES)
+def test_a_bad_meta_batch_is_refused_before_the_student_moves(name, method):
+    setting = Setting(meta=REFUSED_BATCHES[name], method=method)
+    optimizer = setting.wrapped()
+    before, before_phi = [p.clone() for p in setting.student.parameters()], phi(setting.criterion)
+    setting.loss().backward()
+    with pytest.raises(ValueError) as error:
+        optimizer.step()
+    assert "meta" in str(error.value) and "expected" in str(error.value)
+    assert relative_error(setting.student.parameters(), before) == 0
+    assert relative_error(phi(setting.criterion), before_phi) == 0
+    assert not setting.inner.state
+
+
+def test_logits_that_the_student_did_not_return_are_refused():
+    setting = Setting()
+    setting.wrapped()
+    with pytest.raises(ValueError, match="the very tensor the wrapped student returned") as error:
+        setting.loss(logits=lambda logits: logits * 1.0)
+    assert_one_sentence(error)
+
+
+def test_a_step_without_the_criterion_is_refused():
+    setting = Setting()
+    optimizer = setting.wrapped()
+    setting.student(setting.run.inputs()).sum().backward()
+    before = [p.clone() for p in setting.student.parameters()]
+    with pytest.raises(ValueError, match="no result of the criterion") as error:
+        optimizer.step()
+    assert_one_sentence(error)
+    assert relative_error(setting.student.parameters(), before) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(value):
+    setting = Setting()
+    optimizer = setting.wrapped()
+    before = [p.clone() for p in setting.student.parameters()]
+    inputs, teacher_logits, labels = setting.run.batches(1)[0]
+    teacher_logits[0, 0] = value
+    setting.criterion(setting.student(inputs), teacher_logits, labels).backward()
+    with pytest.raises(ValueError, match="finite loss: look for nan or inf") as error:
+        optimizer.step()
+    assert_one_sentence(error)
+    assert relative_error(setting.student.parameters(), before) == 0
+
+
+# what it is and does
+
+
+def test_it_is_the_wrapped_optimizer_to_everything_that_asks():
+    setting = Setting()
+    optimizer = setting.wrapped()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is setting.inner.param_groups
+    assert optimizer.state is setting.inner.state
+    assert optimizer.defaults is setting.inner.defaults
+    optimizer.param_groups = [*setting.inner.param_groups]
+    assert setting.inner.param_groups is optimizer.param_groups
+    extra = nn.Linear(2, 2)
+    optimizer.add_param_group({"params": extra.parameters(), "lr": 0.5})
+    assert setting.inner.param_groups[1]["lr"] == 0.5
+    assert "SGD" in repr(optimizer)
+
+
+def test_the_weight_net_moves_and_lowers_the_meta_loss():
+    """With a teacher that is right, raising the weights is what lowers the meta loss."""
+    setting = Setting()
+    optimizer = setting.wrapped()
+    before = phi(setting.criterion)
+    setting.loss().backward()
+    optimizer.step()
+    assert relative_error(phi(setting.criterion), before) > 0
+    assert optimizer.metrics["meta_updates"] == 1
+    assert optimizer.metrics["hypergradient_norm"] > 0
+    assert optimizer.metrics["skipped_updates"] == 0
+    assert 0 < optimizer.metrics["hard_weight"] < 1
+
+
+def test_every_and_accumulate_decide_when_phi_moves():
+    setting = Setting(every=2, accumulate=3)
+    optimizer = setting.wrapped()
+    moved = []
+    for _ in range(12):
+        before = phi(setting.criterion)
+        optimizer.zero_grad()
+        setting.loss().backward()
+        optimizer.step()
+        after = phi(setting.criterion)
+        moved.append(any((a != b).any() for a, b in zip(after, before, strict=True)))
+    assert moved == [False] * 5 + [True] + [False] * 5 + [True]
+
+
+def test_accumulated_hypergradients_are_averaged():
+    """With φ held still, the average over two windows is the mean of the two hypergradients."""
+
+    def gradients(accumulate, steps):
+        setting = Setting(
+            accumulate=accumulate,
+            criterion=WeightedKDLoss(fixed_net()),
+        )
+        setting.settings["meta_optimizer"] = torch.optim.SGD(
+            setting.criterion.weight_net.parameters(), lr=0.0
+        )
+        optimizer = setting.wrapped()
+        collected = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            setting.loss().backward()
+            optimizer.step()
+            collected.append([p.grad.clone() for p in setting.criterion.weight_net.parameters()])
+        return collected
+
+    def fixed_net():
+        torch.manual_seed(5)
+        return MetaWeightNet(hidden=(4,))
+
+    first, second = gradients(1, 2)
+    averaged = gradients(2, 2)[-1]
+    mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    assert relative_error(averaged, mean) < 1e-6
+
+
+def test_a_hypergradient_that_is_not_finite_counts_as_zero():
+    setting = Setting(meta_loss=lambda logits, targets: logits.sum() * scale[0])
+    scale = [1.0]
+    optimizer = setting.wrapped()
+    for value in (1.0, float("nan"), 1.0):
+        scale[0] = value
+        optimizer.zero_grad()
+        setting.loss().backward()
+        optimizer.step()
+    assert optimizer.metrics["skipped_updates"] == 1
+    assert all(p.isfinite().all() for p in setting.criterion.weight_net.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.ASGD, torch.optim.Rprop])
+def test_paper_works_with_any_optimizer(optimizer):
+    setting = Setting(method="paper")
+    setting.inner = optimizer(setting.student.parameters(), lr=1e-3)
+    wrapped = setting.wrapped()
+    batch = setting.run.batches(1)[0]
+    before = [p.clone() for p in setting.student.parameters()]
+
+    def closure():
+        wrapped.zero_grad()
+        loss = setting.criterion(setting.student(batch[0]), *batch[1:])
+        loss.backward()
+        return loss
+
+    losses = [wrapped.step(closure).item() for _ in range(5)]
+    assert wrapped.metrics["meta_updates"] == 5
+    assert relative_error(setting.student.parameters(), before) > 0
+    assert losses[-1] < losses[0]
+
+
+def test_after_close_the_optimizer_goes_on_alone():
+    setting = Setting()
+    optimizer = setting.wrapped()
+    optimizer.close()
+    before = phi(setting.criterion)
+    setting.loss().backward()
+    optimizer.step()
+    assert relative_error(phi(setting.criterion), before) == 0
