@@ -12,6 +12,10 @@ from kd_balance.inner_step import DIFFERENTIABLE, Update
 from tests.students import OPTIMIZERS, Run, relative_error, two_groups
 
 
+# torch rounds NAdam's momentum product to float32 even for float64 parameters
+STEP_TOLERANCE = {"nadam": 1e-7}
+
+
 def stepped(name, warm, zeros=False):
     """A student about to take a step, with two groups and 3 or 0 steps behind it."""
     run = Run("mlp")
@@ -33,7 +37,8 @@ def test_the_step_is_torchs(name, warm):
     after = Update.of(optimizer, names).apply()
     optimizer.step()
     for key, param in student.named_parameters():
-        torch.testing.assert_close(after[key], param.detach(), rtol=1e-12, atol=1e-15)
+        rtol = STEP_TOLERANCE.get(name, 1e-12)
+        torch.testing.assert_close(after[key], param.detach(), rtol=rtol, atol=1e-15)
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
@@ -93,7 +98,7 @@ def test_higher_takes_the_optimizers_that_it_lacks(name):
         optimizer.zero_grad()
         F.cross_entropy(run.student(inputs), labels).backward()
         optimizer.step()
-    assert relative_error(fast, run.student.parameters()) < 1e-12
+    assert relative_error(fast, run.student.parameters()) < STEP_TOLERANCE.get(name, 1e-12)
     assert slope.isfinite() and slope != 0
 
 
