@@ -83,7 +83,10 @@ class WeightHistory:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the arrays of :meth:`table` to an .npz file, for numpy.load."""
-        np.savez(path, **self.table())
+        table = self.table()
+        np.savez(
+            path, step=table["step"], count=table["count"], hard=table["hard"], soft=table["soft"]
+        )
 
     def plot(self, path: str | PathLike[str], class_counts: ArrayLike | None = None) -> None:
         """Draw the hard and the soft weight of every class over the training calls.
@@ -137,7 +140,6 @@ class WeightHistory:
         head_to_tail = np.argsort(-frequency, kind="stable")
         # Without the palest tenth, which does not show on white.
         colors = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, classes)))
-
         alpha = 1.0 if classes <= 20 else 0.6
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -158,7 +160,7 @@ class WeightHistory:
             ScalarMappable(BoundaryNorm(np.arange(classes + 1) - 0.5, classes), colors),
             ax=panels,
             ticks=ranks,
-            label=f"class ({unit}), the most frequent on top",
+            label=f"class ({unit}), head to tail",
         )
         bar.ax.set_yticklabels([f"{c} ({frequency[c]:.0f})" for c in head_to_tail[ranks]])
         bar.ax.tick_params(length=0)
@@ -169,6 +171,7 @@ class WeightHistory:
     def state_dict(self) -> dict[str, Any]:
         """The whole record, with its tensors on the CPU."""
         return {
+            "num_classes": self._num_classes,
             "calls": self._calls,
             "open_calls": self._open_calls,
             "open": None if self._open is None else self._open.cpu().clone(),
@@ -185,17 +188,19 @@ class WeightHistory:
         Raises:
             ValueError: a record with another number of classes.
         """
-        classes = state["rows"].shape[1]
-        if self._num_classes not in (None, classes):
+        classes = state["num_classes"]
+        if None not in (classes, self._num_classes) and classes != self._num_classes:
             raise ValueError(
                 f"The state records {classes} classes, expected {self._num_classes}: make this "
                 "WeightHistory with the num_classes of the saved one."
             )
+        self._num_classes = self._num_classes or classes
         self._calls = state["calls"]
         self._open_calls = state["open_calls"]
         self._open = None if state["open"] is None else state["open"].clone()
         self._waiting = []
-        self._fetched = state["rows"].cpu()
+        rows = state["rows"].cpu()
+        self._fetched = rows.view(len(rows), self._num_classes or 0, 3)
         self._steps = state["steps"].tolist()
 
     def _record(

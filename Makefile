@@ -1,0 +1,30 @@
+# `make demo` and `make test` need only make and Python 3.10 or newer: the first run fills .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## distil a student on long-tailed handwritten digits (about 3 minutes)
+	$(BIN)/python examples/digits.py
+
+test: $(READY)  ## lint, check the types, run the tests
+	$(BIN)/flake8
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+clean:  ## remove .venv and everything built
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is written last, so an installation that was cut off starts over.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	touch $@
