@@ -1,0 +1,68 @@
+"""What a method is: a loss on the student's logits, and perhaps a say in the optimizer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from longtail.data import Task
+from longtail.meta_batches import MetaBatches
+from longtail.protocol import Protocol
+
+
+class Method:
+    """One row of the table.
+
+    A subclass gives :meth:`loss`, and overrides of the rest what it needs.
+
+    Attributes:
+        uses_teacher: whether teacher logits are to be computed for it.
+        trains_on_meta: whether the meta set joins the training set.
+        derived: what else is made of the trained student, names in ``longtail.afterwards``.
+        cost: time of a run in units of a plain one, roughly, for the progress bar alone.
+        start: share of the epochs after which :meth:`wrap` is called.
+        criterion: the WeightedKDLoss with a weight net whose weights are to be recorded.
+    """
+
+    uses_teacher: ClassVar[bool] = True
+    trains_on_meta: ClassVar[bool] = False
+    derived: ClassVar[tuple[str, ...]] = ()
+    cost: float = 1.0
+    start: float = 0.0
+    criterion: nn.Module | None = None
+
+    def __init__(self, task: Task, protocol: Protocol, seed: int) -> None:
+        self.task = task
+        self.protocol = protocol
+        self.seed = seed
+
+    @property
+    def counts(self) -> Tensor:
+        """Samples of each class that the student is trained on, [C]."""
+        extra = self.protocol.meta_per_class if self.trains_on_meta else 0
+        return self.task.counts + extra
+
+    def candidates(self) -> list[Method]:
+        """Methods of which the one with the best accuracy on the meta set counts."""
+        return [self]
+
+    def loss(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, progress: float
+    ) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            student_logits, teacher_logits: [B, C].
+            targets: class indices [B].
+            progress: share of the epochs, the running one included, in (0, 1].
+        """
+        raise NotImplementedError
+
+    def wrap(self, optimizer: Optimizer, student: nn.Module, meta: MetaBatches) -> Optimizer:
+        """The optimizer that takes the student's steps from epoch `start` on."""
+        return optimizer
+
+    def rate_decayed(self) -> None:
+        """Called when a step schedule has lowered the student's learning rate."""

@@ -1,0 +1,273 @@
+"""Works through a plan: every run that has no result yet, in as many processes as wanted."""
+
+from __future__ import annotations
+
+import datetime
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.multiprocessing as multiprocessing
+from tqdm import tqdm
+
+from longtail import results
+from longtail.afterwards import AFTERWARDS, Predict, predict_with
+from longtail.data import Raw, Split, Task, load_raw
+from longtail.fit import Machine, Progress, fit
+from longtail.methods import Method, make_method
+from longtail.metrics import evaluate
+from longtail.models import build
+from longtail.protocol import Protocol
+from longtail.teachers import Teacher, obtain_teacher, teacher_path
+
+
+class Run(NamedTuple):
+    """One cell of the table: `teacher` is "none" for methods without one."""
+
+    imbalance: float
+    teacher: str
+    method: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of an invocation is told.
+
+    Attributes:
+        protocol: the settings.
+        runs: in order.
+        data: where the images are.
+        cache: for teachers, checkpoints and locks.
+        out: the file of results.
+        machine: where to compute.
+        threads: of torch on the CPU; None leaves its default.
+    """
+
+    protocol: Protocol
+    runs: tuple[Run, ...]
+    data: Path | None
+    cache: Path
+    out: Path
+    machine: Machine
+    threads: int | None
+
+
+Advance = Callable[[float], None]
+
+
+class Setting:
+    """A protocol at one imbalance, with its data and teachers loaded once."""
+
+    def __init__(self, raw: Raw, job: Job, imbalance: float) -> None:
+        self.protocol = job.protocol.replace(imbalance=imbalance)
+        self.task = Task(raw, self.protocol, job.machine.device)
+        self._job = job
+        self._teachers: dict[str, Teacher] = {}
+
+    def teacher(self, kind: str, advance: Advance) -> Teacher | None:
+        """The teacher, trained if need be; None while another process trains it."""
+        if kind not in self._teachers:
+            path = teacher_path(self._job.cache, kind, self.task, self.protocol)
+            with results.claim(path.with_suffix(".lock")) as mine:
+                if not mine and not path.exists():
+                    return None
+                args = (kind, self.task, self.protocol, self._job.machine, self._job.cache)
+                self._teachers[kind] = obtain_teacher(*args, advance)
+        return self._teachers[kind]
+
+
+def work(job: Job, advance: Advance) -> None:
+    """Does what is left of the plan and is not being done by another process.
+
+    Args:
+        job: the plan.
+        advance: called with the cost that was worked off, in plain runs.
+    """
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    raw = load_raw(job.protocol.dataset, job.data)
+    settings: dict[float, Setting] = {}
+    waiting = list(job.runs)
+    failed = set()
+    while waiting:
+        later = []
+        for run in waiting:
+            if run.imbalance not in settings:
+                settings[run.imbalance] = Setting(raw, job, run.imbalance)
+            setting = settings[run.imbalance]
+            identity = _identity(run, setting)
+            with results.claim(job.cache / "locks" / identity) as mine:
+                if not mine or identity in failed:
+                    continue
+                if identity in {record.get("id") for record in results.read(job.out)}:
+                    advance(estimated_cost(run))
+                    continue
+                try:
+                    if not _do(run, identity, setting, job, advance):
+                        later.append(run)
+                except Exception:  # one run that fails must not end a long plan
+                    traceback.print_exc()
+                    failed.add(identity)
+        waiting = later
+        if waiting:
+            time.sleep(2)
+
+
+def _identity(run: Run, setting: Setting) -> str:
+    return setting.protocol.digest(run.method, run.teacher, run.seed, setting.task.digest)
+
+
+def _do(run: Run, identity: str, setting: Setting, job: Job, advance: Advance) -> bool:
+    """Makes the result of one run; False where its teacher is still being trained elsewhere."""
+    task, protocol = setting.task, setting.protocol
+    teacher = None
+    if run.teacher != "none":
+        teacher = setting.teacher(run.teacher, lambda share: None)
+        if teacher is None:
+            return False
+    logits = None if teacher is None else teacher.logits
+    method = make_method(run.method, task, protocol, run.seed)
+    candidates = method.candidates()
+    trained = []
+    for number, candidate in enumerate(candidates):
+        student = build(protocol.student, task.num_classes, run.seed)
+        checkpoint = job.cache / "runs" / f"{identity}-{number}.pt"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        share = estimated_cost(run) / len(candidates)
+        done = fit(
+            student,
+            candidate,
+            protocol.epochs,
+            logits,
+            job.machine,
+            checkpoint=checkpoint,
+            advance=lambda part: advance(part * share),
+        )
+        score = evaluate(
+            predict_with(student)(task.meta_set.inputs), task.meta_set.targets, task.groups
+        )
+        trained.append((score["overall"], candidate, student, done))
+    _, best, student, progress = max(trained, key=lambda entry: entry[0])
+    progress.seconds = sum(entry[3].seconds for entry in trained)
+    progress.cpu_seconds = sum(entry[3].cpu_seconds for entry in trained)
+
+    common = {
+        "run": identity,
+        "protocol": protocol.name,
+        "dataset": protocol.dataset,
+        "imbalance": run.imbalance,
+        "teacher": run.teacher,
+        "seed": run.seed,
+        "settings": protocol.settings(),
+        "data_digest": task.digest,
+        "class_counts": task.counts.tolist(),
+        "groups": task.groups,
+        "teacher_metrics": teacher and teacher.metrics,
+        "teacher_seconds": teacher and round(teacher.seconds, 1),
+        "machine": _describe(job),
+        "versions": results.versions(),
+        "commit": results.commit(),
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    rows = []
+    for name in best.derived:
+        predict = AFTERWARDS[name](student, task, protocol, run.seed)
+        row = _row(f"{run.method}+{name}", predict, task, progress)
+        rows.append({**common, "id": f"{identity}+{name}", **row})
+    own = _row(run.method, predict_with(student), task, progress)
+    own |= {"options": _options(best), "weights": progress.weights, "meta": progress.metrics}
+    # The run's own row comes last: without it the run counts as not done.
+    results.append(job.out, [*rows, {**common, "id": identity, **own}])
+    return True
+
+
+def _row(name: str, predict: Predict, task: Task, progress: Progress) -> dict[str, Any]:
+    def on(split: Split) -> dict[str, Any] | None:
+        if not len(split.targets):
+            return None
+        return evaluate(predict(split.inputs), split.targets, task.groups)
+
+    return {
+        "method": name,
+        "seconds": round(progress.seconds, 2),
+        "cpu_seconds": round(progress.cpu_seconds, 2),
+        "test": on(task.test),
+        "validation": on(task.validation),
+        "meta_set": on(task.meta_set),
+    }
+
+
+def _options(method: Method) -> dict[str, Any]:
+    options = {"class": type(method).__name__, "start": method.start}
+    return options | getattr(method, "options", {})
+
+
+def _describe(job: Job) -> dict[str, Any]:
+    device = job.machine.device
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "threads": torch.get_num_threads(),
+        "amp": job.machine.amp,
+        "compile": job.machine.compile,
+        "peak_memory": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+    }
+
+
+def estimated_cost(run: Run) -> float:
+    """The cost of a run in plain runs, roughly."""
+    if "bikd" in run.method:
+        return 4.0
+    return 3.0 if run.method == "kd-chosen" else 1.0
+
+
+def execute(job: Job, processes: int) -> None:
+    """Works off the plan under a progress bar for all of it.
+
+    Args:
+        job: the plan.
+        processes: that share it, and the GPU if there is one; 1 stays in this process.
+    """
+    total = sum(map(estimated_cost, job.runs))
+    form = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} plain runs [{elapsed}<{remaining}]"
+    with tqdm(total=total, bar_format=form, mininterval=5, smoothing=0.02) as bar:
+        if processes == 1:
+            work(job, bar.update)
+            return
+        done = multiprocessing.get_context("spawn").Value("d", 0.0)
+        context = multiprocessing.spawn(_worker, (job, done), processes, join=False)
+        while not context.join(timeout=5):
+            bar.update(done.value - bar.n)
+        bar.update(done.value - bar.n)
+
+
+def _worker(index: int, job: Job, done: Any) -> None:
+    def advance(units: float) -> None:
+        with done.get_lock():
+            done.value += units
+
+    work(job, advance)
+
+
+def runs_of(protocol: Protocol, methods: dict[str, list[str]], uses: Callable) -> Iterator[Run]:
+    """The runs in order: the first seed of all methods, then the next seed.
+
+    Args:
+        protocol: its imbalances and seeds.
+        methods: specifications by kind of teacher.
+        uses: whether a specification uses a teacher.
+    """
+    seen = set()
+    for imbalance in protocol.imbalances:
+        for seed in protocol.seeds:
+            for teacher, specs in methods.items():
+                for spec in specs:
+                    run = Run(imbalance, teacher if uses(spec) else "none", spec, seed)
+                    if run not in seen:
+                        seen.add(run)
+                        yield run
