@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kd_balance.clipping import Clipping
 from kd_balance.record import CriterionCall
 
 State = dict[str, Any]
@@ -181,16 +182,23 @@ class Update:
     """
 
     groups: list[GroupUpdate]
+    clipping: Clipping | None = None
 
     @classmethod
     def of(
-        cls, optimizer: Optimizer, names: Mapping[Tensor, str], *, plain_sgd: bool = False
+        cls,
+        optimizer: Optimizer,
+        names: Mapping[Tensor, str],
+        *,
+        clipping: Clipping | None = None,
+        plain_sgd: bool = False,
     ) -> Update:
         """The step that `optimizer` is about to take.
 
         Args:
             optimizer: its parameters hold their gradients; those without one do not move.
             names: the name in the student of every parameter of interest.
+            clipping: what the loop did to the gradients after backward.
             plain_sgd: take a step of SGD at each group's learning rate instead, without momentum
                 and weight decay, as the look-ahead of the BiKD authors' program.
         """
@@ -206,7 +214,7 @@ class Update:
             own_names = [names[p] for p in params]
             data = [p.detach() for p in params]
             groups.append(GroupUpdate(kind, options, own_names, data, grads, states))
-        return cls(groups)
+        return cls(groups, clipping)
 
     def freeze(self, *, grads: bool, states: bool) -> None:
         """Copies what the real step is about to overwrite.
@@ -252,7 +260,7 @@ class Update:
             through: also return the cotangents of the old parameters and of the old state.
 
         Returns:
-            Cotangents of the gradients ("grad"), and of the rest where `through`.
+            Cotangents of the gradients before clipping ("grad"), and of the rest where `through`.
         """
         result: Slots = defaultdict(dict)
         if through:
@@ -264,6 +272,8 @@ class Update:
                 product = _linear_vjp if group.is_linear else _elementwise_vjp
                 for slot, by_name in product(group, alike, cotangents, through).items():
                     result[slot].update(by_name)
+        if self.clipping is not None:
+            result["grad"] = self.clipping.product(result["grad"], self.grads)
         return dict(result)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kd_balance.clipping import Clipping, GradientWatch
 from kd_balance.hypergradient import ENGINES
 from kd_balance.inner_step import DIFFERENTIABLE, InnerStep, Update, is_differentiable
 from kd_balance.loss import WeightedKDLoss
@@ -135,6 +136,8 @@ class BilevelOptimizer(Optimizer):
         self._skipped = torch.zeros((), dtype=torch.long)
         self.__setstate__({})  # gives this optimizer its own step hooks
         self._recorder = Recorder(student, criterion)
+        self._gradient_watch = GradientWatch()
+        self._gradient_watch.follow(p for group in self.param_groups for p in group["params"])
         self._open_window()
 
     # what a torch optimizer is asked for, read and written through to the wrapped one
@@ -171,6 +174,7 @@ class BilevelOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
         named = replayable(self.student).named_parameters()
         self._names = {param: name for name, param in named}
+        self._gradient_watch.follow(p for group in self.param_groups for p in group["params"])
         _check_parameters(self.optimizer, self._names, self._weight_net)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -200,13 +204,20 @@ class BilevelOptimizer(Optimizer):
         else:
             calls = self._recorder.take()
             self._recorder.active = False
+            at_end = self._window_position == self.every - 1
             try:
                 self._check_calls(calls)
-                self._undo_loss_scale(calls)
-                if self._window_position < self.every - 1:
-                    self._recorded_step(calls, closure)
+                clipping = self._clipping(self._undo_loss_scale(calls))
+                update = Update.of(
+                    self.optimizer,
+                    self._names,
+                    clipping=clipping,
+                    plain_sgd=self.method == "paper" and at_end,
+                )
+                if at_end:
+                    self._bilevel_step(InnerStep(calls, update), closure)
                 else:
-                    self._bilevel_step(calls, closure)
+                    self._recorded_step(InnerStep(calls, update), closure)
             except BaseException:
                 self._recorder.active = True
                 raise
@@ -217,6 +228,7 @@ class BilevelOptimizer(Optimizer):
     def close(self) -> None:
         """Stops watching student and criterion; the student's optimizer goes on by itself."""
         self._recorder.close()
+        self._gradient_watch.close()
         self._watching = False
         self._open_window()
 
@@ -289,6 +301,7 @@ class BilevelOptimizer(Optimizer):
         """Watches the coming step if the hypergradient will pass through it."""
         in_reach = self._window_position >= self.every - self.unroll
         self._recorder.active = self._watching and in_reach
+        self._gradient_watch.active = self._recorder.active
 
     def _student_step(self, closure: Callable[[], Any] | None = None) -> None:
         if closure is not None and _needs_closure(self.optimizer):
@@ -296,31 +309,27 @@ class BilevelOptimizer(Optimizer):
         else:
             self.optimizer.step()
 
-    def _recorded_step(
-        self, calls: list[CriterionCall], closure: Callable[[], Any] | None
-    ) -> None:
+    def _recorded_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """A step in the middle of an unrolled window."""
-        update = Update.of(self.optimizer, self._names)
-        update.freeze(grads=True, states=self._engine_name == "unroll")
+        inner.update.freeze(grads=True, states=self._engine_name == "unroll")
         self._student_step(closure)
-        self._window.append(InnerStep(calls, update))
+        self._window.append(inner)
 
-    def _bilevel_step(self, calls: list[CriterionCall], closure: Callable[[], Any] | None) -> None:
+    def _bilevel_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """The step at the end of a window: student and weight net both move."""
         batch = self._meta_set.draw()
-        meta_loss = self._objective.on(batch, calls[-1].student_call)
+        meta_loss = self._objective.on(batch, inner.calls[-1].student_call)
         if not self._tried:
             self._objective.try_out(meta_loss)
             self._tried = True
-        update = Update.of(self.optimizer, self._names, plain_sgd=self.method == "paper")
+        steps = [*self._window, inner]
         if self.method == "online":
-            update.freeze(grads=False, states=self._engine_name == "unroll")
+            inner.update.freeze(grads=False, states=self._engine_name == "unroll")
             self._student_step(closure)
-            self._meta_step([*self._window, InnerStep(calls, update)], meta_loss)
+            self._meta_step(steps, meta_loss)
         else:
-            moved = self._meta_step([*self._window, InnerStep(calls, update)], meta_loss)
-            if moved:
-                self._reweigh_gradients(calls, update)
+            if self._meta_step(steps, meta_loss):
+                self._reweigh_gradients(inner)
             self._student_step(closure)
         self._window.clear()
 
@@ -350,10 +359,11 @@ class BilevelOptimizer(Optimizer):
         self._meta_updates += 1
         return True
 
-    def _reweigh_gradients(self, calls: list[CriterionCall], update: Update) -> None:
+    def _reweigh_gradients(self, inner: InnerStep) -> None:
         """Turns the student's gradients into those under the new φ, in place."""
-        leaves = {name: p.detach().requires_grad_() for name, p in update.params.items()}
-        for call in calls:
+        leaves = {name: p.detach().requires_grad_() for name, p in inner.update.params.items()}
+        grads = inner.update.grads
+        for call in inner.calls:
             with torch.no_grad():
                 weights = self.criterion.weigh(call.features, call.weights)
             with torch.enable_grad():
@@ -364,7 +374,7 @@ class BilevelOptimizer(Optimizer):
             )
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    update.grads[name].add_(gradient)
+                    grads[name].add_(gradient)
         self.criterion.reweigh()
 
     def _check_calls(self, calls: list[CriterionCall]) -> None:
@@ -383,13 +393,24 @@ class BilevelOptimizer(Optimizer):
                         "finite loss: look for nan or inf in the student's or teacher's logits."
                     )
 
-    def _undo_loss_scale(self, calls: list[CriterionCall]) -> None:
+    def _undo_loss_scale(self, calls: list[CriterionCall]) -> float:
+        """Takes the scaler's factor out of the recorded calls, and returns it."""
         if self._grad_scaler is None or not self._grad_scaler.is_enabled():
-            return
+            return 1.0
+        scale = self._grad_scaler.get_scale()
         for call in calls:
             assert call.upstream is not None
-            scale = self._grad_scaler.scale(torch.ones((), device=call.upstream.device))
             call.upstream = call.upstream / scale
+        return scale
+
+    def _clipping(self, loss_scale: float) -> Clipping | None:
+        clipping = self._gradient_watch.clipping(self._names, loss_scale)
+        if clipping is not None and self.method != "online":
+            raise ValueError(
+                f"the gradients were clipped and method is {self.method!r}, expected 'online': the "
+                "gradients recomputed under the new weights could not be clipped the same way."
+            )
+        return clipping
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

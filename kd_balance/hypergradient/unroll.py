@@ -81,11 +81,11 @@ def _take(
             slots[i] = states.get(name, state) if state else {}
 
     def as_recorded(gradients: list[Tensor | None]) -> list[Tensor]:
-        recorded = [g for group in update.groups for g in group.grads]
-        return [
-            value if gradient is None else value + (gradient - gradient.detach())
-            for value, gradient in zip(recorded, gradients, strict=True)
-        ]
+        """The recorded values, differentiable as the criterion's part of them."""
+        changes = {n: g - g.detach() for n, g in zip(names, gradients) if g is not None}
+        if update.clipping is not None:
+            changes = update.clipping.product(changes, update.grads)
+        return [value + changes.get(name, 0) for name, value in update.grads.items()]
 
     moved = differentiable.step(loss, [params[n] for n in names], grad_callback=as_recorded)
     params.update(zip(names, moved, strict=True))

@@ -1,0 +1,144 @@
+"""Gradient clipping between backward() and step(), recognised and differentiated.
+
+The loop clips with torch's own functions and tells nobody. What backward left in ``.grad`` is
+remembered by a few numbers for each parameter; at the step they tell which clipping took place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass
+class Clipping:
+    """The derivative of clipping at the gradients of one step."""
+
+    names: set[str]
+    """The parameters whose gradients were clipped."""
+    factor: float | None = None
+    """What clip_grad_norm_ multiplied by."""
+    total_norm: float = 0.0
+    """L2 norm of all gradients that clip_grad_norm_ multiplied, afterwards."""
+    limit: float | None = None
+    """What clip_grad_value_ clamped to."""
+
+    def product(
+        self, vectors: Mapping[str, Tensor], clipped: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The Jacobian of clipping, which is symmetric, times a vector.
+
+        Args:
+            vectors: by parameter name; those missing are zero.
+            clipped: the gradients after clipping.
+        """
+        own = [name for name in vectors if name in self.names]
+        product = dict(vectors)
+        if self.limit is not None:
+            for name in own:
+                product[name] = vectors[name] * (clipped[name].abs() < self.limit)
+        elif self.factor is not None and own:
+            along = torch.stack([(vectors[n] * clipped[n]).sum() for n in own]).sum()
+            along = along / self.total_norm**2
+            for name in own:
+                product[name] = self.factor * (vectors[name] - along * clipped[name])
+        return product
+
+
+class GradientWatch:
+    """Remembers what backward left in the gradients, to recognise clipping at the step."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self._params: list[Tensor] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._in_backward = False
+        self._seen: dict[Tensor, tuple[int, int]] = {}
+        self._statistics: Tensor | None = None
+
+    def follow(self, params: Iterable[Tensor]) -> None:
+        """Watches these parameters from now on, and no others."""
+        self.close()
+        self._params = [p for p in params if p.requires_grad]
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._params
+        ]
+
+    def close(self) -> None:
+        """Stops watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    def clipping(self, names: Mapping[Tensor, str], loss_scale: float) -> Clipping | None:
+        """What was done to the gradients since the last backward.
+
+        Args:
+            names: of the student's parameters.
+            loss_scale: what a GradScaler multiplied the loss by, and the gradients no longer hold.
+
+        Returns:
+            None if nothing was.
+
+        Raises:
+            ValueError: something else than clipping.
+        """
+        params = [p for p in self._seen if p.grad is not None]
+        if self._statistics is None or all(self._seen[p] == _identity(p) for p in params):
+            return None
+        order = {p: i for i, p in enumerate(self._seen)}
+        before = (self._statistics / loss_scale)[[order[p] for p in params]].tolist()
+        after = _statistics(params).tolist()
+        tolerance = _TOLERANCE.get(params[0].dtype, 1e-2)
+
+        def equal(a: float, b: float) -> bool:
+            return abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+        touched = [
+            i
+            for i, (old, new) in enumerate(zip(before, after, strict=True))
+            if not (equal(old[0], new[0]) and equal(old[1], new[1]))
+        ]
+        if not touched:
+            return None
+        own = {names[params[i]] for i in touched if params[i] in names}
+        ratios = [new / old for i in touched for old, new in zip(before[i], after[i]) if old > 0]
+        if max(ratios) < 1 and equal(min(ratios), max(ratios)):
+            total_norm = sum(after[i][0] ** 2 for i in touched) ** 0.5
+            return Clipping(own, factor=sum(ratios) / len(ratios), total_norm=total_norm)
+        limit = max(after[i][1] for i in touched)
+        if all(equal(after[i][1], limit) and before[i][1] > limit for i in touched):
+            return Clipping(own, limit=limit * (1 - tolerance))
+        raise ValueError(
+            f"the gradients of {len(touched)} parameters were changed between backward() and "
+            "step() by something else than torch's clip_grad_norm_ (L2) or clip_grad_value_, "
+            "expected one of these or none: clip with them, or change the loss instead."
+        )
+
+    def _on_gradient(self, param: Tensor) -> None:
+        if self.active and not self._in_backward:
+            self._in_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+
+    def _after_backward(self) -> None:
+        self._in_backward = False
+        params = [p for p in self._params if p.grad is not None]
+        self._seen = {p: _identity(p) for p in params}
+        self._statistics = _statistics(params)
+
+
+def _identity(param: Tensor) -> tuple[int, int]:
+    assert param.grad is not None
+    return param.grad.data_ptr(), param.grad._version
+
+
+def _statistics(params: list[Tensor]) -> Tensor:
+    """[len(params), 2], the L2 norm and the largest magnitude of every gradient."""
+    gradients = [p.grad.detach() for p in params if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    largest = torch.stack(torch._foreach_norm(gradients, float("inf")))
+    return torch.stack((norms, largest), 1)
