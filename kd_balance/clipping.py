@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_balance.hooks import WeakHook
+
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -65,9 +67,8 @@ class GradientWatch:
         """Watches these parameters from now on, and no others."""
         self.close()
         self._params = [p for p in params if p.requires_grad]
-        self._handles = [
-            p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._params
-        ]
+        hook = WeakHook(self._on_gradient)
+        self._handles = [p.register_post_accumulate_grad_hook(hook) for p in self._params]
 
     def close(self) -> None:
         """Stops watching."""

@@ -104,6 +104,7 @@ class BilevelOptimizer(Optimizer):
             )
         weight_net = _weight_net_of(criterion)
         _check_optimizer(optimizer, method)
+        _check_single_process(student)
         module = replayable(student)
         self._names = {param: name for name, param in module.named_parameters()}
         _check_parameters(optimizer, self._names, weight_net)
@@ -319,10 +320,9 @@ class BilevelOptimizer(Optimizer):
         """The step at the end of a window: student and weight net both move."""
         batch = self._meta_set.draw()
         meta_loss = self._objective.on(batch, inner.calls[-1].student_call)
-        if not self._tried:
-            self._objective.try_out(meta_loss)
-            self._tried = True
         steps = [*self._window, inner]
+        if not self._tried:
+            self._try_out(steps, meta_loss)
         if self.method == "online":
             inner.update.freeze(grads=False, states=self._engine_name == "unroll")
             self._student_step(closure)
@@ -332,6 +332,26 @@ class BilevelOptimizer(Optimizer):
                 self._reweigh_gradients(inner)
             self._student_step(closure)
         self._window.clear()
+
+    def _try_out(
+        self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
+    ) -> None:
+        """Goes through the first meta update once before the student moves, for what may fail."""
+        self._objective.try_out(meta_loss)
+        try:
+            self._engine(self.criterion, steps, meta_loss, steps[-1].update.params)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if "torch.utils.checkpoint" in str(error):
+                raise ValueError(
+                    "the student uses activation checkpointing that cannot be differentiated "
+                    f"twice, expected use_reentrant=False and unroll=1: set these ({reason})."
+                ) from error
+            raise ValueError(
+                "the hypergradient could not be computed, expected a student whose operators have "
+                f"a forward-mode or a second derivative: replace the one named here ({reason})."
+            ) from error
+        self._tried = True
 
     def _meta_step(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
@@ -458,6 +478,17 @@ def _check_parameters(
         raise ValueError(
             "optimizer holds no parameter of the student, expected the optimizer that moves it: "
             "wrap that one, and give the same student."
+        )
+
+
+def _check_single_process(student: nn.Module) -> None:
+    replicas = len(student.device_ids or ()) if isinstance(student, nn.DataParallel) else 1
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if distributed else 1
+    if replicas > 1 or processes > 1:
+        raise ValueError(
+            f"student runs on {max(replicas, processes)} devices at once, expected one: train it "
+            "in one process, with nn.DataParallel on at most one device."
         )
 
 

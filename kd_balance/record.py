@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
+from kd_balance.hooks import WeakHook
 from kd_balance.loss import WeightedKDLoss
 
 
@@ -135,6 +136,7 @@ class StudentCall:
         with ExitStack() as stack:
             stack.enter_context(self.autocast.restored())
             stack.enter_context(_training_flags(self.student, self.training))
+            stack.enter_context(_preserved_attributes(self.student))
             stack.enter_context(_differentiable_attention())
             return torch.func.functional_call(module, state, args, kwargs)
 
@@ -153,6 +155,22 @@ def _training_flags(module: nn.Module, flags: list[bool]) -> Iterator[None]:
     finally:
         for m, flag in zip(modules, before, strict=True):
             m.training = flag
+
+
+@contextmanager
+def _preserved_attributes(module: nn.Module) -> Iterator[None]:
+    """Restores tensors kept as plain attributes: norm weights of old-style hooks, features."""
+    before = [
+        (attributes, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
+        for attributes in (vars(m) for m in module.modules())
+    ]
+    try:
+        yield
+    finally:
+        for attributes, tensors in before:
+            for key in [k for k, v in attributes.items() if isinstance(v, Tensor)]:
+                del attributes[key]
+            attributes.update(tensors)
 
 
 @contextmanager
@@ -202,9 +220,9 @@ class Recorder:
         self._calls: list[CriterionCall] = []
         self._in_backward = False
         self._handles = [
-            student.register_forward_pre_hook(self._before_student, with_kwargs=True),
-            student.register_forward_hook(self._after_student, with_kwargs=True),
-            criterion.register_forward_hook(self._after_criterion, with_kwargs=True),
+            student.register_forward_pre_hook(WeakHook(self._before_student), with_kwargs=True),
+            student.register_forward_hook(WeakHook(self._after_student), with_kwargs=True),
+            criterion.register_forward_hook(WeakHook(self._after_criterion), with_kwargs=True),
         ]
 
     def take(self) -> list[CriterionCall]:
