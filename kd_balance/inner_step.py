@@ -244,7 +244,7 @@ class Update:
 
     def apply(self) -> dict[str, Tensor]:
         """The parameters after the step, by name, without a graph and without taking the step."""
-        after = {}
+        after: dict[str, Tensor] = {}
         for group in self.groups:
             new, _ = differentiable_step(
                 group.kind, group.options, group.params, group.grads, group.states

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class MetaSet:
             raise TypeError(
                 f"meta_loader is {loader!r}, expected an iterable of batches such as a DataLoader."
             )
-        if hasattr(loader, "__len__") and len(loader) == 0:
+        if isinstance(loader, Sized) and len(loader) == 0:
             raise ValueError(f"meta_loader {loader!r} is empty, expected at least one batch.")
         self._loader = loader
         self._iterator: Any = None
@@ -222,8 +222,8 @@ def _in_place_of(call: StudentCall, inputs: Any) -> tuple[tuple[Any, ...], dict[
         left = [k for k in left if k != "labels"]
         if left:
             raise ValueError(
-                f"a meta batch has the keys {list(inputs)}, expected also {left}, which the student "
-                "was called with: add them to the meta batches, or pass meta_forward=."
+                f"a meta batch has the keys {list(inputs)}, expected also {left}, which the "
+                "student was called with: add them to the meta batches, or pass meta_forward=."
             )
         return (), {**kwargs, **inputs}
     alike = Mapping if isinstance(inputs, Mapping) else Tensor

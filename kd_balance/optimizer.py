@@ -106,7 +106,7 @@ class BilevelOptimizer(Optimizer):
         _check_optimizer(optimizer, method)
         _check_single_process(student)
         module = replayable(student)
-        self._names = {param: name for name, param in module.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         _check_parameters(optimizer, self._names, weight_net)
 
         self.optimizer = optimizer
@@ -144,7 +144,7 @@ class BilevelOptimizer(Optimizer):
     # what a torch optimizer is asked for, read and written through to the wrapped one
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -152,7 +152,7 @@ class BilevelOptimizer(Optimizer):
         self.optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.optimizer.state
 
     @state.setter
@@ -160,7 +160,7 @@ class BilevelOptimizer(Optimizer):
         self.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.optimizer.defaults
 
     @defaults.setter
@@ -173,8 +173,7 @@ class BilevelOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
-        named = replayable(self.student).named_parameters()
-        self._names = {param: name for name, param in named}
+        self._names = {p: name for name, p in replayable(self.student).named_parameters()}
         self._gradient_watch.follow(p for group in self.param_groups for p in group["params"])
         _check_parameters(self.optimizer, self._names, self._weight_net)
 
@@ -183,7 +182,7 @@ class BilevelOptimizer(Optimizer):
         self._recorder.gradients_cleared()
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes the student's step and, when its turn has come, the weight net's.
 
         Args:
@@ -251,7 +250,7 @@ class BilevelOptimizer(Optimizer):
             "skipped_updates": float(self._skipped.item()),
         }
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, and under ``kd_balance`` everything of the meta level."""
         gradients = [p.grad for p in self._weight_net.parameters()] if self._accumulated else None
         meta_state = {
@@ -266,7 +265,7 @@ class BilevelOptimizer(Optimizer):
         }
         return {**self.optimizer.state_dict(), "kd_balance": meta_state}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned, or a checkpoint of the bare optimizer."""
         plain = dict(state_dict)
         meta_state = plain.pop("kd_balance", None)

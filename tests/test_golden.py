@@ -95,6 +95,8 @@ def test_paper_run_is_reproduced(name, engine):
             rtol=TOLERANCE,
             atol=0,
         )
-        torch.testing.assert_close(criterion.weights, golden[step + "weights"], rtol=TOLERANCE, atol=0)
+        torch.testing.assert_close(
+            criterion.weights, golden[step + "weights"], rtol=TOLERANCE, atol=0
+        )
         assert_matches(list(student.parameters()), golden, step + "student/")
         assert_matches(list(weight_net.parameters()), golden, step + "weightnet/")

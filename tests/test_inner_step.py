@@ -1,4 +1,4 @@
-"""The differentiable step is torch's step, its products are its derivatives, `higher` can use it."""
+"""The differentiable step is torch's, its products are its derivatives, `higher` can use it."""
 
 import warnings
 

@@ -113,12 +113,11 @@ def test_a_bad_meta_batch_is_refused_before_the_student_moves(name, method):
 
 def test_logits_that_the_student_did_not_return_are_refused():
     setting = Setting()
-    optimizer = setting.wrapped()
+    optimizer = setting.wrapped()  # watches as long as it lives
     with pytest.raises(ValueError, match="the very tensor the wrapped student returned") as error:
         setting.loss(logits=lambda logits: logits * 1.0)
     assert_one_sentence(error)
-    del optimizer
-    setting.loss(logits=lambda logits: logits * 1.0)  # nobody watches any more
+    assert optimizer.state == {}
 
 
 def test_a_step_without_the_criterion_is_refused():
