@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from kd_balance.hypergradient.batch_norm import FusedBatchNorm
 from kd_balance.inner_step import InnerStep, Slots
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
@@ -119,7 +121,8 @@ def _forward_mode(
             param = param.detach().requires_grad_(with_curvature)
             tangent = direction.get(name)
             duals[name] = param if tangent is None else fwAD.make_dual(param, tangent)
-        losses = call.losses(criterion, duals)
+        with nullcontext() if with_curvature else FusedBatchNorm():
+            losses = call.losses(criterion, duals)
         if with_curvature:
             result = criterion.combine(losses, call.weights, call.targets)
             gradients = torch.autograd.grad(
