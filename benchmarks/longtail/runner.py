@@ -69,15 +69,17 @@ class Setting:
         self._job = job
         self._teachers: dict[str, Teacher] = {}
 
-    def teacher(self, kind: str, advance: Advance) -> Teacher | None:
+    def teacher(self, kind: str) -> Teacher | None:
         """The teacher, trained if need be; None while another process trains it."""
         if kind not in self._teachers:
             path = teacher_path(self._job.cache, kind, self.task, self.protocol)
             with results.claim(path.with_suffix(".lock")) as mine:
                 if not mine and not path.exists():
                     return None
+                if not path.exists():
+                    tqdm.write(f"training the {kind} teacher for imbalance {self.protocol.imbalance:g}")
                 args = (kind, self.task, self.protocol, self._job.machine, self._job.cache)
-                self._teachers[kind] = obtain_teacher(*args, advance)
+                self._teachers[kind] = obtain_teacher(*args)
         return self._teachers[kind]
 
 
@@ -127,7 +129,7 @@ def _do(run: Run, identity: str, setting: Setting, job: Job, advance: Advance) -
     task, protocol = setting.task, setting.protocol
     teacher = None
     if run.teacher != "none":
-        teacher = setting.teacher(run.teacher, lambda share: None)
+        teacher = setting.teacher(run.teacher)
         if teacher is None:
             return False
     logits = None if teacher is None else teacher.logits
@@ -161,7 +163,7 @@ def _do(run: Run, identity: str, setting: Setting, job: Job, advance: Advance) -
         "protocol": protocol.name,
         "dataset": protocol.dataset,
         "imbalance": run.imbalance,
-        "teacher": run.teacher,
+        "teacher": Path(run.teacher).stem,
         "seed": run.seed,
         "settings": protocol.settings(),
         "data_digest": task.digest,
@@ -237,13 +239,13 @@ def execute(job: Job, processes: int) -> None:
     form = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} plain runs [{elapsed}<{remaining}]"
     with tqdm(total=total, bar_format=form, mininterval=5, smoothing=0.02) as bar:
         if processes == 1:
-            work(job, bar.update)
+            work(job, lambda units: bar.update(min(units, total - bar.n)))
             return
         done = multiprocessing.get_context("spawn").Value("d", 0.0)
         context = multiprocessing.spawn(_worker, (job, done), processes, join=False)
         while not context.join(timeout=5):
-            bar.update(done.value - bar.n)
-        bar.update(done.value - bar.n)
+            bar.update(min(done.value, total) - bar.n)
+        bar.update(min(done.value, total) - bar.n)
 
 
 def _worker(index: int, job: Job, done: Any) -> None:

@@ -46,13 +46,15 @@ def load_snippets(per_class: int = 4000) -> tuple[np.ndarray, np.ndarray, np.nda
         per_class: snippets of each library at most, a quarter of them for the test.
 
     Returns:
-        float32 [N, 512], rows of length one, and int64 [N]; twice.
+        float32 [N, 512], the mean square of a row being one, and int64 [N]; twice.
     """
     splits: dict[bool, tuple[list[np.ndarray], list[int]]] = {False: ([], []), True: ([], [])}
     for label, library in enumerate(LIBRARIES):
         room = {True: per_class // 4, False: per_class - per_class // 4}
         for file in _files(library):
             is_test = zlib.crc32(file.name.encode()) % 4 == 0
+            if not room[is_test]:
+                continue
             texts = _cut(file.read_text(errors="ignore"))[:PER_FILE][: room[is_test]]
             room[is_test] -= len(texts)
             splits[is_test][0].extend(_count(text) for text in texts)
@@ -87,4 +89,4 @@ def _count(text: str) -> np.ndarray:
     words = [word for word in _WORD.findall(text.lower()) if word not in _NAMES]
     buckets = [zlib.crc32(word.encode()) % FEATURES for word in words]
     counts = np.log1p(np.bincount(buckets, minlength=FEATURES)).astype(np.float32)
-    return counts / max(float(np.linalg.norm(counts)), 1e-6)
+    return counts * FEATURES**0.5 / max(float(np.linalg.norm(counts)), 1e-6)

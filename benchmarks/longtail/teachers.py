@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,17 +48,15 @@ def obtain_teacher(
     protocol: Protocol,
     machine: Machine,
     cache: Path,
-    advance: Callable[[float], None] = lambda share: None,
 ) -> Teacher:
     """Reads the teacher of this setting from the cache, or trains it.
 
     Args:
         kind: "biased", "debiased", or a path to a checkpoint with RepDistiller's names.
-        advance: called with each epoch's share of the training.
     """
     path = teacher_path(cache, kind, task, protocol)
     if not path.exists():
-        _make(kind, task, protocol, machine, path, advance)
+        _make(kind, task, protocol, machine, path)
     saved = torch.load(path, map_location=task.device, weights_only=True)
     return Teacher(saved["logits"].float(), saved["metrics"], saved["seconds"])
 
@@ -70,7 +67,6 @@ def _make(
     protocol: Protocol,
     machine: Machine,
     path: Path,
-    advance: Callable[[float], None],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = dataclasses.replace(machine, amp=machine.amp or protocol.teacher_amp)
@@ -80,7 +76,7 @@ def _make(
         method = make_method(KINDS[kind], task, protocol, protocol.split_seed)
         part = path.with_suffix(".checkpoint")
         epochs = protocol.teacher_epochs
-        done = fit(model, method, epochs, None, machine, checkpoint=part, advance=advance)
+        done = fit(model, method, epochs, None, machine, checkpoint=part)
         seconds = done.seconds
     else:
         model.load_state_dict(_published(Path(kind)))

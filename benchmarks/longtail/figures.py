@@ -1,0 +1,159 @@
+"""Figures: accuracy by class frequency, learned weights by class over time, cost and accuracy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+from longtail.table import Group, Record, cost, grouped  # noqa: E402
+
+SHOWN = ("kd", "bs+kd", "bs+kd+meta", "bikd-paper", "bikd-online", "bs+bikd-online")
+"""The methods whose accuracy is drawn class by class, beside the best one."""
+
+
+def draw(records: Sequence[Record], split: str, stem: Path) -> list[Path]:
+    """Draws what the results allow.
+
+    Args:
+        records: results with that split.
+        split: "test" or "validation".
+        stem: path that the figures' names begin with.
+
+    Returns:
+        The files written.
+    """
+    tables = grouped(records)
+    without = {group[:2]: methods for group, methods in tables.items() if group.teacher == "none"}
+    paths = []
+    for group, methods in tables.items():
+        if group.teacher == "none":
+            continue
+        both = {**methods, **without.get(group[:2], {})}
+        teacher = Path(group.teacher).stem
+        name = f"{stem.name}-{group.dataset}-{group.imbalance:g}-{teacher}"
+        paths.append(_by_frequency(both, group, split, stem.with_name(f"{name}-classes.png")))
+        paths.append(_cost_and_accuracy(both, group, split, stem.with_name(f"{name}-cost.png")))
+        learned = {m: rows for m, rows in methods.items() if any(r.get("weights") for r in rows)}
+        if learned:
+            paths.append(_weights(learned, group, stem.with_name(f"{name}-weights.png")))
+    return paths
+
+
+def _title(group: Group) -> str:
+    return f"{group.dataset}, imbalance {group.imbalance:g}, teacher {group.teacher}"
+
+
+def _save(figure: plt.Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def _overall(rows: Sequence[Record], split: str) -> float:
+    return statistics.fmean(row[split]["overall"] for row in rows)
+
+
+def _by_frequency(methods: dict[str, list[Record]], group: Group, split: str, path: Path) -> Path:
+    best = max(methods, key=lambda method: _overall(methods[method], split))
+    shown = [method for method in SHOWN if method in methods and method != best] + [best]
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for method in shown:
+        rows = methods[method]
+        counts = rows[0]["class_counts"]
+        per_class = [statistics.fmean(c) for c in zip(*(row[split]["per_class"] for row in rows))]
+        by_count = sorted(zip(counts, per_class), reverse=True)
+        width = 2.4 if "bikd" in method else 1.4
+        label = f"{method} ({_overall(rows, split):.1f} overall)"
+        axes.plot(*zip(*by_count), marker="o", markersize=4, linewidth=width, label=label)
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xlabel("training samples of the class")
+    axes.set_ylabel(f"{split} accuracy of the class (%)")
+    axes.set_title(_title(group))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _cost_and_accuracy(
+    methods: dict[str, list[Record]], group: Group, split: str, path: Path
+) -> Path:
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharex=True)
+    for axes, column in zip(panels, ("overall", "few")):
+        points = []
+        for method, rows in methods.items():
+            values = [row[split][column] for row in rows]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            x, y = cost(rows), statistics.fmean(values)
+            colour = "tab:red" if "bikd" in method else "tab:blue"
+            axes.errorbar(x, y, deviation, fmt="o", color=colour, markersize=4, alpha=0.7)
+            points.append((x, y, method))
+        axes.set_xscale("log")
+        _label(axes, points)
+        axes.set_xlabel("seconds of a run")
+        axes.set_ylabel(f"{split} accuracy, {column} (%)")
+        axes.grid(alpha=0.3, which="both")
+    figure.suptitle(f"{_title(group)}: cost and accuracy (BiKD in red)")
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Writes the names beside their points, moved apart vertically where they would collide."""
+    low, high = axes.get_ylim()
+    gap = (high - low) / 38
+    placed: list[tuple[float, float]] = []
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        text_y = y
+        while any(abs(text_y - other) < gap and 0.55 < x / at < 1.8 for at, other in placed):
+            text_y += gap / 4
+        placed.append((x, text_y))
+        axes.annotate(
+            name,
+            (x, y),
+            (x * 1.04, text_y),
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "alpha": 0.25, "linewidth": 0.6},
+        )
+
+
+def _weights(methods: dict[str, list[Record]], group: Group, path: Path) -> Path:
+    """One column a method, hard weights above soft ones, of its first seed."""
+    names = sorted(methods)
+    figure, panels = plt.subplots(
+        2, len(names), figsize=(2.6 * len(names) + 1.2, 4.8), sharex=True, sharey=True,
+        squeeze=False,
+    )
+    colours = plt.get_cmap("viridis_r")
+    for column, method in enumerate(names):
+        record = next(row for row in methods[method] if row.get("weights"))
+        counts = record["class_counts"]
+        by_count = sorted(range(len(counts)), key=lambda c: -counts[c])
+        for row, kind in enumerate(("hard", "soft")):
+            axes = panels[row][column]
+            for rank, c in enumerate(by_count):
+                epochs = [epoch for epoch, _ in record["weights"]]
+                values = [means[c][row] for _, means in record["weights"]]
+                share = rank / max(1, len(counts) - 1)
+                axes.plot(epochs, values, color=colours(share), linewidth=1)
+            axes.set_ylim(0, 1)
+            axes.grid(alpha=0.3)
+            if row == 0:
+                axes.set_title(method, fontsize=8)
+            else:
+                axes.set_xlabel("epoch", fontsize=8)
+            if column == 0:
+                axes.set_ylabel(f"mean {kind} weight")
+    scale = plt.cm.ScalarMappable(cmap=colours, norm=plt.Normalize(0, 1))
+    bar = figure.colorbar(scale, ax=panels.ravel().tolist(), ticks=[0, 1], fraction=0.03, pad=0.01)
+    bar.ax.set_yticklabels(["most\nfrequent", "rarest"], fontsize=8)
+    figure.suptitle(f"{_title(group)}: learned weights by class, seed {record['seed']}", y=1.0)
+    return _save(figure, path)

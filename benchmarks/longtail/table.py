@@ -1,0 +1,164 @@
+"""Results to Markdown: mean ± standard deviation over seeds, and a paired test against KD."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+COLUMNS = ("overall", "many", "medium", "few", "worst", "ece")
+_TEACHERS = {
+    "biased": "Teacher trained with cross entropy (biased)",
+    "debiased": "Teacher trained with balanced softmax (debiased)",
+    "none": "No teacher",
+}
+
+
+class Group(NamedTuple):
+    """What belongs into one table."""
+
+    dataset: str
+    imbalance: float
+    teacher: str
+
+
+def grouped(records: Sequence[Record]) -> dict[Group, dict[str, list[Record]]]:
+    """Results by table and method, each sorted by seed; of a repeated seed the last counts."""
+    tables: dict[Group, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        group = Group(record["dataset"], record["imbalance"], record["teacher"])
+        tables[group][record["method"]][record["seed"]] = record
+    order = list(_TEACHERS)
+    names = sorted(
+        tables, key=lambda g: (g.dataset, g.imbalance, (*order, g.teacher).index(g.teacher))
+    )
+    return {
+        group: {
+            method: [by_seed[seed] for seed in sorted(by_seed)]
+            for method, by_seed in tables[group].items()
+        }
+        for group in names
+    }
+
+
+def paired_test(
+    ours: Sequence[Record], reference: Sequence[Record], split: str, column: str
+) -> tuple[float, float | None, int]:
+    """The mean gain over the reference on common seeds, its p-value, and their number.
+
+    The p-value is that of the two-sided paired t test; None for fewer than two seeds or where all
+    differences are equal.
+    """
+    known = {record["seed"]: record[split][column] for record in reference}
+    gains = [r[split][column] - known[r["seed"]] for r in ours if r["seed"] in known]
+    if len(gains) < 2 or len(set(gains)) == 1:
+        return (statistics.fmean(gains) if gains else float("nan")), None, len(gains)
+    from scipy.stats import ttest_1samp
+
+    return statistics.fmean(gains), float(ttest_1samp(gains, 0).pvalue), len(gains)
+
+
+def markdown(
+    records: Sequence[Record], split: str, source: str, pictures: Sequence[Path] = ()
+) -> str:
+    """The whole report."""
+    first = records[0]
+    names = sorted({record["protocol"] for record in records})
+    lines = [f"# {', '.join(names)}: {split} accuracy by method", ""]
+    lines += [
+        f"Made from `{source}` by `python benchmarks/report.py benchmarks/results/{source}`; the "
+        f"results by `python benchmarks/long_tail.py --protocol {first['protocol']} --data DATA`.",
+        "",
+        "Percent, mean ± standard deviation over seeds. Many, medium and few are the thirds of the "
+        "classes by training samples, worst is the worst class, ECE the expected calibration error "
+        "(lower is better). Gains are against KD with the same teacher (without a teacher: with "
+        "the biased one) over common seeds, with the p-value of a paired t test. Cost is the "
+        "processor time of the training loop in units of KD's; the teacher's logits are computed "
+        "beforehand for all methods alike and are in none of these.",
+        "",
+    ]
+    tables = grouped(records)
+    for group, methods in tables.items():
+        with_kd = group if group.teacher != "none" else group._replace(teacher="biased")
+        reference = tables.get(with_kd, {}).get("kd", [])
+        title = _TEACHERS.get(group.teacher, f"Teacher {group.teacher}")
+        lines += [f"## {group.dataset}, imbalance {group.imbalance:g}: {title}", ""]
+        lines += _teacher_line(methods)
+        lines += _rows(methods, reference, split) + [""]
+    lines += _settings(records) + [""]
+    for picture in pictures:
+        lines += [f"![{picture.stem}]({picture.name})", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rows(methods: dict[str, list[Record]], reference: list[Record], split: str) -> list[str]:
+    heads = ("method", "seeds", *COLUMNS, "gain overall", "gain few", "cost")
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    ordered = sorted(
+        methods.items(), key=lambda item: -statistics.fmean(r[split]["overall"] for r in item[1])
+    )
+    for method, rows in ordered:
+        cells = [method, str(len(rows))]
+        cells += [_mean_and_deviation([row[split][column] for row in rows]) for column in COLUMNS]
+        cells += [_gain(method, rows, reference, split, column) for column in ("overall", "few")]
+        cells.append(_cost(rows, reference))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _gain(
+    method: str, rows: list[Record], reference: list[Record], split: str, column: str
+) -> str:
+    if method == "kd" or not reference:
+        return ""
+    gain, p, seeds = paired_test(rows, reference, split, column)
+    if not seeds:
+        return ""
+    return f"{gain:+.1f}" if p is None else f"{gain:+.1f} (p = {p:.2g})"
+
+
+def _cost(rows: list[Record], reference: list[Record]) -> str:
+    if not reference:
+        return ""
+    return f"{cost(rows) / cost(reference):.1f}×"
+
+
+def cost(rows: Sequence[Record]) -> float:
+    """Seconds of a run: of the processor on a CPU, where others may run, of the clock on a GPU."""
+    on_cpu = all(row["machine"]["device"] == "cpu" for row in rows)
+    return statistics.median(row["cpu_seconds" if on_cpu else "seconds"] for row in rows)
+
+
+def _teacher_line(methods: dict[str, list[Record]]) -> list[str]:
+    found = next((rows[0] for rows in methods.values() if rows[0].get("teacher_metrics")), None)
+    if found is None:
+        return []
+    metrics = found["teacher_metrics"]
+    values = ", ".join(f"{column} {metrics[column]:.1f}" for column in COLUMNS)
+    return [f"The teacher itself ({found['settings']['teacher']}): {values}.", ""]
+
+
+def _settings(records: Sequence[Record]) -> list[str]:
+    lines = ["## Settings", ""]
+    shown = set()
+    for record in records:
+        settings = {k: v for k, v in record["settings"].items() if k != "imbalance"}
+        text = ", ".join(f"{name} {value}" for name, value in settings.items() if value != [])
+        versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
+        machine = record["machine"]
+        where = f"{machine['device']}, amp {machine['amp']}, compile {machine['compile']}"
+        line = f"- {text}; {versions}; {where}"
+        if line not in shown:
+            shown.add(line)
+            lines.append(line)
+    return lines

@@ -1,0 +1,82 @@
+"""Metrics, and the report made of results."""
+
+import math
+
+import pytest
+import torch
+
+from tests import benchmark_path  # noqa: F401
+
+from longtail.metrics import evaluate, expected_calibration_error
+from longtail.table import grouped, markdown, paired_test
+
+
+def test_accuracies_by_group_are_means_over_classes():
+    targets = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    predictions = torch.tensor([0, 0, 0, 1, 1, 1, 0, 2])
+    logits = torch.nn.functional.one_hot(predictions, 3).float()
+    values = evaluate(logits, targets, {"many": [0, 1], "few": [2]})
+    assert values["overall"] == 75.0
+    assert values["per_class"] == [75.0, 100.0, 50.0]
+    assert (values["many"], values["few"], values["worst"]) == (87.5, 50.0, 50.0)
+
+
+def test_calibration_error_of_a_coin_that_claims_certainty():
+    logits = torch.tensor([[50.0, 0.0]] * 4)
+    assert expected_calibration_error(logits, torch.tensor([0, 0, 1, 1])) == pytest.approx(0.5)
+
+
+def test_calibration_error_is_weighted_by_bin():
+    p = math.log(0.7 / 0.3)
+    logits = torch.tensor([[p, 0.0]] * 10 + [[50.0, 0.0]] * 10)
+    targets = torch.tensor([0] * 7 + [1] * 3 + [0] * 8 + [1] * 2)
+    assert expected_calibration_error(logits, targets) == pytest.approx(0.1)
+
+
+def record(method, seed, overall, teacher="biased", few=1.0, **more):
+    test = {"overall": overall, "many": 80.0, "medium": 40.0, "few": few, "worst": 0.0, "ece": 9.0}
+    return {
+        "method": method, "seed": seed, "teacher": teacher, "dataset": "cifar10", "test": test,
+        "imbalance": 100, "protocol": "cpu", "settings": {"teacher": "resnet8x4"}, "versions": {},
+        "machine": {"device": "cpu", "amp": False, "compile": False}, "cpu_seconds": 10.0, **more,
+    }
+
+
+RECORDS = [
+    *(record("kd", seed, 40.0 + seed) for seed in range(3)),
+    *(record("ours", seed, 45.0 + seed + 0.1 * (seed == 1), cpu_seconds=31.0) for seed in range(3)),
+    *(record("bs", seed, 50.0, teacher="none") for seed in range(2)),
+]
+
+
+def test_the_paired_test_removes_what_seeds_share():
+    tables = grouped(RECORDS)
+    methods = next(iter(tables.values()))
+    gain, p, seeds = paired_test(methods["ours"], methods["kd"], "test", "overall")
+    assert gain == pytest.approx(5.0333, abs=1e-3) and seeds == 3
+    # t = mean / (sd / sqrt(3)) = 151 with two degrees of freedom
+    assert p == pytest.approx(4.385e-5, rel=0.01)
+
+
+def test_one_common_seed_allows_no_test():
+    gain, p, seeds = paired_test([record("ours", 2, 47.0)], RECORDS[:3], "test", "overall")
+    assert (gain, p, seeds) == (5.0, None, 1)
+
+
+def test_of_a_repeated_seed_the_last_result_counts():
+    tables = grouped([*RECORDS, record("ours", 0, 10.0)])
+    ours = next(iter(tables.values()))["ours"]
+    assert [r["test"]["overall"] for r in ours] == [10.0, 46.1, 47.0]
+
+
+def test_the_report_shows_mean_spread_gain_and_cost():
+    text = markdown(RECORDS, "test", "cpu.jsonl")
+    rows = [line for line in text.splitlines() if line.startswith("| ours")]
+    assert rows == [
+        "| ours | 3 | 46.0 ± 1.0 | 80.0 ± 0.0 | 40.0 ± 0.0 | 1.0 ± 0.0 | 0.0 ± 0.0 | 9.0 ± 0.0 "
+        "| +5.0 (p = 4.4e-05) | +0.0 | 3.1× |"
+    ]
+    order = [line.split(" | ")[0] for line in text.splitlines() if line.startswith(("| ours", "| kd"))]
+    assert order == ["| ours", "| kd"]
+    without = text.split("No teacher")[1]
+    assert "| bs | 2 |" in without and "+9.5 (p = 0.033)" in without
