@@ -6,11 +6,13 @@ remembered by a few numbers for each parameter; at the step they tell which clip
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kd_balance.hooks import WeakHook
 
@@ -53,27 +55,45 @@ class Clipping:
 
 
 class GradientWatch:
-    """Remembers what backward left in the gradients, to recognise clipping at the step."""
+    """Remembers what backward left in the gradients, to recognise clipping at the step.
 
-    def __init__(self) -> None:
+    Args:
+        student: its parameters are watched, and
+        optimizer: all that this one holds.
+    """
+
+    def __init__(self, student: nn.Module, optimizer: Optimizer) -> None:
         self.active = False
+        self._student = student
+        self._optimizer = optimizer
         self._params: list[Tensor] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._in_backward = False
         self._seen: dict[Tensor, tuple[int, int]] = {}
         self._statistics: Tensor | None = None
 
-    def follow(self, params: Iterable[Tensor]) -> None:
-        """Watches these parameters from now on, and no others."""
-        self.close()
-        self._params = [p for p in params if p.requires_grad]
-        hook = WeakHook(self._on_gradient)
-        self._handles = [p.register_post_accumulate_grad_hook(hook) for p in self._params]
+    def follow(self) -> None:
+        """Watches the parameters that there are and train now."""
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        params = [p for p in dict.fromkeys([*self._student.parameters(), *held]) if p.requires_grad]
+        if list(map(id, params)) != list(map(id, self._params)):
+            self.close()
+            self._params = params
+            hook = WeakHook(self._on_gradient)
+            self._handles = [p.register_post_accumulate_grad_hook(hook) for p in params]
 
     def close(self) -> None:
         """Stops watching."""
         for handle in self._handles:
             handle.remove()
+        self._params = []
+
+    def cleared(self) -> bool:
+        """Whether the student's gradients were cleared since the last backward."""
+        return all(
+            p.grad is None or (self._seen.get(p) != _identity(p) and not p.grad.any())
+            for p in self._student.parameters()
+        )
 
     def clipping(self, names: Mapping[Tensor, str], loss_scale: float) -> Clipping | None:
         """What was done to the gradients since the last backward.
@@ -108,6 +128,9 @@ class GradientWatch:
             return None
         own = {names[params[i]] for i in touched if params[i] in names}
         ratios = [new / old for i in touched for old, new in zip(before[i], after[i]) if old > 0]
+        if min(ratios) == max(ratios) and math.frexp(ratios[0])[0] == 0.5:
+            # a power of two to the last digit: no clipping but a loss scale taken out again
+            return Clipping(own, factor=ratios[0], total_norm=float("inf"))
         if max(ratios) < 1 and equal(min(ratios), max(ratios)):
             total_norm = sum(after[i][0] ** 2 for i in touched) ** 0.5
             return Clipping(own, factor=sum(ratios) / len(ratios), total_norm=total_norm)

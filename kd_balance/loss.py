@@ -99,6 +99,7 @@ class WeightedKDLoss(nn.Module):
         self.ignore_index = ignore_index
         self._fixed_weights = pair
         self._features: Tensor | None = None
+        self._last_losses: Tensor | None = None
         self._weights: Tensor | None = None
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
@@ -120,6 +121,7 @@ class WeightedKDLoss(nn.Module):
         with _without_autocast(student_logits.device):
             flat = self._flatten(student_logits, teacher_logits, targets)
             losses = self._losses(flat)
+            self._last_losses = losses.detach()
             if self.weight_net is not None:
                 self._features = compute_features(_feature_names(self.weight_net), *flat)
             with torch.no_grad():
@@ -154,6 +156,11 @@ class WeightedKDLoss(nn.Module):
     def last_features(self) -> Tensor | None:
         """[N, F], what the weight net saw in the last call; None without one."""
         return self._features
+
+    @property
+    def last_losses(self) -> Tensor | None:
+        """[N, 2], the (hard, soft) losses of the last call before weighting, detached."""
+        return self._last_losses
 
     def reweigh(self) -> None:
         """Computes `weights` of the last call anew, after the weight net has moved."""

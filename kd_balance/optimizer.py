@@ -106,7 +106,8 @@ class BilevelOptimizer(Optimizer):
         _check_optimizer(optimizer, method)
         _check_single_process(student)
         module = replayable(student)
-        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+        _check_not_scripted(module)
+        self._names = _names_of(module)
         _check_parameters(optimizer, self._names, weight_net)
 
         self.optimizer = optimizer
@@ -136,9 +137,8 @@ class BilevelOptimizer(Optimizer):
         self._hypergradient_norm = torch.tensor(float("nan"))
         self._skipped = torch.zeros((), dtype=torch.long)
         self.__setstate__({})  # gives this optimizer its own step hooks
-        self._recorder = Recorder(student, criterion)
-        self._gradient_watch = GradientWatch()
-        self._gradient_watch.follow(p for group in self.param_groups for p in group["params"])
+        self._gradient_watch = GradientWatch(module, optimizer)
+        self._recorder = Recorder(student, criterion, self._gradient_watch)
         self._open_window()
 
     # what a torch optimizer is asked for, read and written through to the wrapped one
@@ -173,8 +173,7 @@ class BilevelOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
-        self._names = {p: name for name, p in replayable(self.student).named_parameters()}
-        self._gradient_watch.follow(p for group in self.param_groups for p in group["params"])
+        self._names = _names_of(replayable(self.student))
         _check_parameters(self.optimizer, self._names, self._weight_net)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -205,6 +204,7 @@ class BilevelOptimizer(Optimizer):
             calls = self._recorder.take()
             self._recorder.active = False
             at_end = self._window_position == self.every - 1
+            self._names = _names_of(replayable(self.student))  # layers may have been replaced
             try:
                 self._check_calls(calls)
                 clipping = self._clipping(self._undo_loss_scale(calls))
@@ -337,18 +337,18 @@ class BilevelOptimizer(Optimizer):
     ) -> None:
         """Goes through the first meta update once before the student moves, for what may fail."""
         self._objective.try_out(meta_loss)
+        params = dict(steps[-1].update.params)
+        for step in reversed(steps):
+            params.update(step.update.params)
+            for call in step.calls:
+                call.check_replay(self.criterion, params)
         try:
             self._engine(self.criterion, steps, meta_loss, steps[-1].update.params)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            if "torch.utils.checkpoint" in str(error):
-                raise ValueError(
-                    "the student uses activation checkpointing that cannot be differentiated "
-                    f"twice, expected use_reentrant=False and unroll=1: set these ({reason})."
-                ) from error
             raise ValueError(
                 "the hypergradient could not be computed, expected a student whose operators have "
-                f"a forward-mode or a second derivative: replace the one named here ({reason})."
+                "a forward-mode or a second derivative: replace the one named here "
+                f"({str(error).splitlines()[0]})."
             ) from error
         self._tried = True
 
@@ -480,14 +480,27 @@ def _check_parameters(
         )
 
 
+def _names_of(student: nn.Module) -> dict[Tensor, str]:
+    return {param: name for name, param in student.named_parameters()}
+
+
 def _check_single_process(student: nn.Module) -> None:
     replicas = len(student.device_ids or ()) if isinstance(student, nn.DataParallel) else 1
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     processes = torch.distributed.get_world_size() if distributed else 1
-    if replicas > 1 or processes > 1:
+    devices = max(replicas, processes, len({p.device for p in student.parameters()}))
+    if devices > 1:
         raise ValueError(
-            f"student runs on {max(replicas, processes)} devices at once, expected one: train it "
-            "in one process, with nn.DataParallel on at most one device."
+            f"student runs on {devices} devices at once, expected one: train it in one process, "
+            "with nn.DataParallel on at most one device."
+        )
+
+
+def _check_not_scripted(student: nn.Module) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in student.modules()):
+        raise ValueError(
+            "student is or holds a ScriptModule, which cannot be repeated under other parameters, "
+            "expected ordinary modules: use torch.compile in place of torch.jit.script."
         )
 
 

@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
+from kd_balance.checkpointing import recomputed_under
+from kd_balance.clipping import GradientWatch
 from kd_balance.hooks import WeakHook
 from kd_balance.loss import WeightedKDLoss
 
@@ -105,6 +111,14 @@ class StudentCall:
     def device(self) -> torch.device:
         return self.random_state.device
 
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest number format that the call computed in."""
+        if self.autocast.enabled:
+            return self.autocast.dtype
+        dtypes = {p.dtype for p in self.student.parameters() if p.is_floating_point()}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
     def replay(self, params: Mapping[str, Tensor]) -> Tensor:
         """The logits of this very call, dropout masks included, under other parameters.
 
@@ -131,14 +145,22 @@ class StudentCall:
         kwargs: dict[str, Any],
     ) -> Any:
         """Calls `module`, which holds the student under `prefix`; the student stays untouched."""
-        state = {**self.buffers, **params}
-        state = {prefix + n: t if n in params else t.clone() for n, t in state.items()}
-        with ExitStack() as stack:
-            stack.enter_context(self.autocast.restored())
-            stack.enter_context(_training_flags(self.student, self.training))
-            stack.enter_context(_preserved_attributes(self.student))
-            stack.enter_context(_differentiable_attention())
-            return torch.func.functional_call(module, state, args, kwargs)
+        given = {prefix + name: param for name, param in params.items()}
+        buffers = {prefix + name: buffer for name, buffer in self.buffers.items()}
+
+        @contextmanager
+        def as_recorded() -> Iterator[None]:
+            state = {**{name: buffer.clone() for name, buffer in buffers.items()}, **given}
+            with ExitStack() as stack:
+                stack.enter_context(self.autocast.restored())
+                stack.enter_context(_training_flags(self.student, self.training))
+                stack.enter_context(_preserved_attributes(self.student))
+                stack.enter_context(_differentiable_operators(self.student))
+                stack.enter_context(_reparametrize_module(module, state, tie_weights=True))
+                yield
+
+        with recomputed_under(as_recorded), as_recorded():
+            return module(*args, **kwargs)
 
 
 @contextmanager
@@ -159,30 +181,55 @@ def _training_flags(module: nn.Module, flags: list[bool]) -> Iterator[None]:
 
 @contextmanager
 def _preserved_attributes(module: nn.Module) -> Iterator[None]:
-    """Restores tensors kept as plain attributes: norm weights of old-style hooks, features."""
-    before = [
-        (attributes, {k: v for k, v in attributes.items() if isinstance(v, Tensor)})
-        for attributes in (vars(m) for m in module.modules())
-    ]
+    """Restores what calls leave in attributes: norm weights of old-style hooks, counters."""
+    before = [(attributes, dict(attributes)) for attributes in (vars(m) for m in module.modules())]
     try:
         yield
     finally:
-        for attributes, tensors in before:
-            for key in [k for k, v in attributes.items() if isinstance(v, Tensor)]:
+        for attributes, values in before:
+            for key in attributes.keys() - values.keys():
                 del attributes[key]
-            attributes.update(tensors)
+            attributes.update(values)
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Attention by plain operators: the fused ones have no forward-mode or second derivative."""
+def _differentiable_operators(module: nn.Module) -> Iterator[None]:
+    """Plain operators in place of fused and compiled ones, which lack derivatives."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    cudnn, mkldnn = torch.backends.cudnn.enabled, torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+        torch.backends.cudnn.enabled = False
+        torch._C._set_mkldnn_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if _has_weight_norm(module):
+                stack.enter_context(_PlainWeightNorm())
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.backends.cudnn.enabled = cudnn
+        torch._C._set_mkldnn_enabled(mkldnn)
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    return any(
+        isinstance(part, (_WeightNorm, WeightNorm))
+        for m in module.modules()
+        for part in (m, *m._forward_pre_hooks.values())
+    )
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """Weight norm by its definition: torch's operator has a wrong second derivative (2.13)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            direction, magnitude, dim = args
+            return direction * (magnitude / torch.norm_except_dim(direction, 2, dim))
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -194,6 +241,7 @@ class CriterionCall:
     targets: Tensor
     features: Tensor  # [N, F]
     weights: Tensor  # [N, 2]
+    recorded_losses: Tensor  # [N, 2], detached
     result: Tensor  # what the criterion returned, detached
     upstream: Tensor | None = None
     """d(what backward was called on) / d(the criterion's result); None before backward."""
@@ -203,6 +251,25 @@ class CriterionCall:
         logits = self.student_call.replay(params)
         return criterion.losses(logits, self.teacher_logits, self.targets)
 
+    def check_replay(self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]) -> None:
+        """Repeats the call under the parameters that it was made with.
+
+        Raises:
+            ValueError: the losses are not those of the recorded call.
+        """
+        with torch.no_grad():
+            losses = self.losses(criterion, params)
+        recorded = self.recorded_losses
+        error = ((losses - recorded).norm() / recorded.norm()).item()
+        precise = self.student_call.precision
+        if not error <= {torch.float64: 1e-6, torch.float32: 1e-3}.get(precise, 5e-2):
+            raise ValueError(
+                f"the student's call was repeated and gave losses that differ by {error:.1g} "
+                "(relative), expected the same ones: leave inputs, targets and parameters alone "
+                "between the forward pass and step(), keep randomness to torch's generators, and "
+                "set torch._inductor.config.fallback_random = True before compiling dropout."
+            )
+
 
 class Recorder:
     """Watches the calls of student and criterion and keeps what a replay needs.
@@ -211,8 +278,11 @@ class Recorder:
     gradient that it contributed is cleared.
     """
 
-    def __init__(self, student: nn.Module, criterion: WeightedKDLoss) -> None:
+    def __init__(
+        self, student: nn.Module, criterion: WeightedKDLoss, gradients: GradientWatch
+    ) -> None:
         self.active = False
+        self._gradients = gradients
         self._student = replayable(student)
         self._criterion = criterion
         self._entered: StudentCall | None = None
@@ -260,6 +330,7 @@ class Recorder:
     ) -> None:
         if not (self.active and loss.requires_grad):
             return
+        self._gradients.follow()
         call = self._criterion_call(loss.detach(), *args, **kwargs)
         self._calls.append(call)
         held = weakref.ref(call)
@@ -275,14 +346,15 @@ class Recorder:
     def _criterion_call(
         self, result: Tensor, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor
     ) -> CriterionCall:
-        features = self._criterion.last_features
-        assert features is not None
+        features, losses = self._criterion.last_features, self._criterion.last_losses
+        assert features is not None and losses is not None
         return CriterionCall(
             self._student_call_of(student_logits),
             teacher_logits.detach(),
             targets,
             features,
             self._criterion.weights,
+            losses,
             result,
         )
 
@@ -304,7 +376,7 @@ class Recorder:
             return
         self._in_backward = True
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
-        if all(p.grad is None for p in self._student.parameters()):
+        if any(call.upstream is not None for call in self._calls) and self._gradients.cleared():
             self.gradients_cleared()
 
     def _after_backward(self) -> None:

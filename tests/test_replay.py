@@ -110,8 +110,9 @@ def test_dropout_in_a_replay_draws_the_mask_of_the_call(monkeypatch):
     expected = losses(logits, torch.zeros(40, 5).double(), labels)
     torch.rand(17)
     optimizer.step()
-    assert len(seen) == 1
-    torch.testing.assert_close(seen[0], expected, rtol=1e-12, atol=0)
+    assert len(seen) > 1  # the first update is tried out before the student moves
+    for replayed in seen:
+        torch.testing.assert_close(replayed, expected, rtol=1e-12, atol=0)
 
 
 def test_hooks_of_the_student_stay_and_ours_can_be_removed():

@@ -1,0 +1,67 @@
+"""Activation checkpointing within a replay.
+
+A checkpoint computes its activations again during the backward pass, when the replay has returned
+and the student holds its own parameters again: it would see others than the replay saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch.utils.checkpoint
+
+
+@contextmanager
+def recomputed_under(again: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Lets checkpoints made in here run their recomputation within ``again()``.
+
+    Reentrant checkpoints, which only ``.backward()`` can go through, become the other kind.
+    """
+    module: Any = torch.utils.checkpoint
+    generator, function = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
+
+    def generator_under(
+        fn: Callable[..., Any], preserve: bool, context_fn: Any, *rest: Any, **kwargs: Any
+    ) -> Any:
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            forward, recompute = context_fn()
+            return forward, _Nested(again, recompute)
+
+        return generator(fn, preserve, contexts, *rest, **kwargs)
+
+    class NotReentrant:
+        @staticmethod
+        def apply(fn: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return module.checkpoint(
+                fn, *args, use_reentrant=False, preserve_rng_state=preserve
+            )
+
+    module._checkpoint_without_reentrant_generator = generator_under
+    module.CheckpointFunction = NotReentrant
+    try:
+        yield
+    finally:
+        module._checkpoint_without_reentrant_generator = generator
+        module.CheckpointFunction = function
+
+
+class _Nested(AbstractContextManager):
+    """One context inside another, entered anew for every recomputation."""
+
+    def __init__(
+        self, outer: Callable[[], AbstractContextManager], inner: AbstractContextManager
+    ) -> None:
+        self._outer = outer
+        self._inner = inner
+        self._open: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = ExitStack()
+        stack.enter_context(self._outer())
+        stack.enter_context(self._inner)
+        self._open.append(stack)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.pop().__exit__(*error)

@@ -1,0 +1,480 @@
+"""What the student is made of: compiled, checkpointed, parametrised, recurrent, partly frozen."""
+
+import copy
+import pickle
+import shutil
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from tests.habits import (
+    Lab,
+    assert_differentiates,
+    assert_leaves_what_the_plain_loop_leaves,
+    assert_one_sentence,
+    assert_same_hypergradient,
+    plain,
+    trained,
+)
+from tests.students import CLASSES, MLP, ConvNet
+
+# torch.compile: `jit.script` warns of its own deprecation when dynamo is imported
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated")
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("c++"), reason="inductor needs a C++ compiler, and there is none"
+)
+BACKENDS = ["eager", pytest.param("inductor", marks=needs_compiler)]
+
+
+class Dropped(MLP):
+    def forward(self, inputs):
+        return self.fc2(F.dropout(torch.tanh(self.fc1(inputs)), 0.3, self.training))
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled(backend, steps):
+    assert_differentiates(
+        plain(steps), steps=steps, prepare=lambda m: torch.compile(m, backend=backend)
+    )
+
+
+def compiled_in_place(student):
+    student.compile(backend="aot_eager")
+    return student
+
+
+def compiled_within(student):
+    student.fc1 = torch.compile(student.fc1, backend="aot_eager")
+    return student
+
+
+@pytest.mark.parametrize("prepare", [compiled_in_place, compiled_within])
+def test_compiled_in_place_or_within(prepare):
+    assert_differentiates(plain(3), steps=3, prepare=prepare)
+
+
+def test_compiled_dropout_that_draws_as_eager_dropout_does():
+    prepare = lambda m: torch.compile(m, backend="aot_eager")  # noqa: E731
+    assert_differentiates(plain(1), make=Dropped, prepare=prepare)
+
+
+@needs_compiler
+def test_compiled_dropout_that_draws_its_own_numbers_is_refused():
+    def loop(lab):
+        before = copy.deepcopy(lab.student.state_dict())
+        with pytest.raises(ValueError, match="repeated and gave losses.*fallback_random") as error:
+            plain(1)(lab)
+        assert_one_sentence(error)
+        torch.testing.assert_close(lab.student.state_dict(), before, rtol=0, atol=0)
+
+    trained(loop, wrapped=True, make=Dropped, prepare=torch.compile)
+
+
+@needs_compiler
+def test_compiled_dropout_with_fallback_random(monkeypatch):
+    import torch._inductor.config
+
+    torch._dynamo.reset()  # what was compiled without it
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
+    assert_differentiates(plain(1), make=Dropped, prepare=torch.compile)
+
+
+# a replay that is not faithful, by whatever cause
+
+
+class Counting(MLP):
+    """Behaves otherwise at every call."""
+
+    calls = 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        return super().forward(inputs) * (1 + 0.1 * self.calls)
+
+
+def test_a_student_that_changes_from_call_to_call_is_refused():
+    lab = Lab(Counting)
+    lab.wrap()
+    with pytest.raises(ValueError, match="expected the same ones") as error:
+        plain(1)(lab)
+    assert_one_sentence(error)
+
+
+def test_parameters_that_another_optimizer_moved_before_the_step_are_refused():
+    lab = Lab(optimizer=lambda params: torch.optim.SGD(list(params)[:2], lr=0.1))
+    other = torch.optim.SGD(lab.student.fc2.parameters(), lr=0.1)
+    lab.wrap()
+    inputs, teacher_logits, labels = next(lab.batches(1))
+    lab.criterion(lab.student(inputs), teacher_logits, labels).backward()
+    other.step()
+    with pytest.raises(ValueError, match="leave inputs, targets and parameters alone"):
+        lab.optimizer.step()
+
+
+class Remembering(MLP):
+    """Keeps what is no tensor: a counter, a list that is made anew, an attribute that appears."""
+
+    def forward(self, inputs):
+        self.calls = getattr(self, "calls", 0) + 1
+        self.sizes = [*getattr(self, "sizes", []), len(inputs)]
+        self.last = super().forward(inputs)
+        return self.last
+
+
+def test_attributes_are_left_as_the_plain_loop_leaves_them():
+    lab = trained(plain(3), wrapped=True, make=Remembering)
+    assert lab.student.calls == 3
+    assert lab.student.sizes == [9, 9, 9]
+    assert len(lab.student.last) == 9
+
+
+# memory formats, activation checkpointing
+
+
+class ChannelsLast(ConvNet):
+    def forward(self, inputs):
+        return super().forward(inputs.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
+def test_channels_last(optimizer):
+    def prepare(student):
+        return student.to(memory_format=torch.channels_last)
+
+    options = dict(make=ChannelsLast, shape=(2, 6, 6), optimizer=optimizer)
+    assert_differentiates(plain(2), steps=2, prepare=prepare, **options)
+    assert_leaves_what_the_plain_loop_leaves(plain(2), prepare=prepare, **options)
+
+
+class Block(nn.Module):
+    """Random numbers and batch norm, which a recomputation has to repeat."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+        self.norm = nn.BatchNorm1d(12)
+
+    def forward(self, hidden):
+        return F.dropout(torch.tanh(self.norm(self.fc(hidden))), 0.3)
+
+
+class Deep(nn.Module):
+    reentrant = None
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 12)
+        self.block = Block()
+        self.last = nn.Linear(12, CLASSES)
+
+    def forward(self, inputs):
+        hidden = torch.tanh(self.first(inputs))
+        if self.reentrant is None:
+            hidden = self.block(hidden)
+        else:
+            hidden = checkpoint(self.block, hidden, use_reentrant=self.reentrant)
+        return self.last(hidden)
+
+
+class Checkpointed(Deep):
+    reentrant = False
+
+
+class CheckpointedReentrant(Deep):
+    reentrant = True
+
+
+@pytest.mark.parametrize("method", ["online", "lookahead", "paper"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("make", [Checkpointed, CheckpointedReentrant])
+def test_activation_checkpointing(make, steps, method):
+    """It changes nothing but memory; neither engine sees it."""
+    settings = {"unroll": steps, "every": steps, "method": method}
+    expected = trained(plain(steps), wrapped=True, make=Deep, settings=settings)
+    for engine in ("adjoint", "unroll"):
+        lab = trained(
+            plain(steps), wrapped=True, make=make, settings={**settings, "engine": engine}
+        )
+        torch.testing.assert_close(lab.hypergradient, expected.hypergradient, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("make", [Checkpointed, CheckpointedReentrant])
+def test_activation_checkpointing_leaves_the_student_alone(make):
+    """Recomputation passes batch norm once more; that of a replay must not."""
+    assert_leaves_what_the_plain_loop_leaves(plain(2), make=make)
+
+
+def test_activation_checkpointing_saves_memory_in_replays_too():
+    """The block runs again in the backward pass of the meta loss, instead of being kept."""
+    counts = {}
+    for make in (Deep, Checkpointed):
+        lab = Lab(make)
+        lab.wrap()
+        calls = []
+        lab.student.block.register_forward_pre_hook(
+            lambda *_: calls.append(torch.is_grad_enabled())
+        )
+        plain(2)(lab)
+        del calls[:]
+        plain(1)(lab)
+        counts[make] = sum(calls)
+    assert counts[Checkpointed] == 2 * counts[Deep] == 4
+
+
+# replicas
+
+
+def test_data_parallel_on_one_device():
+    assert_differentiates(plain(2), steps=2, prepare=nn.DataParallel)
+
+
+def test_data_parallel_on_several_devices_is_refused():
+    lab = Lab()
+    lab.called = nn.DataParallel(lab.student)
+    lab.called.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="student runs on 2 devices at once") as error:
+        lab.wrap()
+    assert_one_sentence(error)
+
+
+def test_several_processes_are_refused():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(ValueError, match="student runs on 2 devices at once") as error:
+            Lab().wrap()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_one_sentence(error)
+
+
+def test_a_student_spread_over_devices_is_refused():
+    lab = Lab()
+    lab.student.fc2.to("meta")
+    with pytest.raises(ValueError, match="student runs on 2 devices at once") as error:
+        lab.wrap()
+    assert_one_sentence(error)
+
+
+def test_a_scripted_student_is_refused():
+    lab = Lab()
+    lab.called = torch.jit.script(lab.student)
+    with pytest.raises(ValueError, match="torch.compile") as error:
+        lab.wrap()
+    assert_one_sentence(error)
+
+
+# layers
+
+
+def parametrised(kind):
+    class Student(MLP):
+        def __init__(self):
+            super().__init__()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the old style is deprecated
+                self.fc1, self.fc2 = kind(self.fc1), kind(self.fc2)
+
+    return Student
+
+
+PARAMETRISED = {
+    "weight_norm, old": torch.nn.utils.weight_norm,
+    "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "orthogonal": torch.nn.utils.parametrizations.orthogonal,
+    "spectral_norm, old": torch.nn.utils.spectral_norm,
+    "spectral_norm": torch.nn.utils.parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The student has an operator without forward-mode")
+@pytest.mark.parametrize("name", PARAMETRISED)
+def test_parametrised_layers(name):
+    make = parametrised(PARAMETRISED[name])
+    if "spectral" in name:
+        # its power iteration goes on with every call in training mode, and counts as constant
+        settings = {"unroll": 3, "every": 3}
+        assert_same_hypergradient(plain(3), plain(3), make=make, settings=settings)
+        assert_differentiates(plain(3), steps=3, make=lambda: make().eval())
+    else:
+        assert_differentiates(plain(3), steps=3, make=make)
+    assert_leaves_what_the_plain_loop_leaves(plain(3), make=make)
+
+
+class Recurrent(nn.Module):
+    kind = nn.LSTM
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = self.kind(4, 6, num_layers=2, dropout=0.3, batch_first=True)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, inputs):
+        return self.head(self.rnn(inputs)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers(kind):
+    make = type("Student", (Recurrent,), {"kind": kind})
+    assert_differentiates(plain(2), steps=2, make=make, shape=(3, 4))
+    settings = {"unroll": 2, "every": 2}
+    assert_same_hypergradient(  # float32 has fused operators of its own
+        plain(2), plain(2), make=make, shape=(3, 4), dtype=torch.float32, settings=settings,
+        tolerance=1e-4,
+    )
+
+
+class FrozenNorm(ConvNet):
+    """Batch norm in eval mode while the rest trains."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.bn1.eval()
+        self.bn2.eval()
+        return self
+
+    def __init__(self):
+        super().__init__()
+        self.train()
+
+
+class Evaluating(ConvNet):
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
+
+@pytest.mark.parametrize("make", [FrozenNorm, Evaluating])
+def test_eval_mode_and_frozen_batch_norm(make):
+    assert_differentiates(plain(2), steps=2, make=make, shape=(2, 6, 6))
+    assert_leaves_what_the_plain_loop_leaves(plain(2), make=make, shape=(2, 6, 6))
+
+
+def test_hooks_of_the_user_fire_in_replays_too():
+    seen = []
+
+    def loop(lab):
+        lab.student.fc1.register_forward_hook(lambda *args: seen.append(args[2]))
+        plain(1)(lab)
+
+    assert_differentiates(loop)
+    wrapped = trained(plain(1), wrapped=True)
+    before = len(seen)
+    wrapped.student.fc1.register_forward_hook(lambda *args: seen.append(args[2]))
+    plain(1)(wrapped)
+    assert len(seen) - before == 3  # the call, its replay, the meta batch
+
+
+# which parameters train
+
+
+def test_parameters_that_no_optimizer_holds():
+    assert_differentiates(
+        plain(2),
+        steps=2,
+        optimizer=lambda params: torch.optim.SGD(list(params)[2:], lr=0.1, momentum=0.9),
+    )
+
+
+def thaw_after(step, group):
+    """Trains the second layer alone at first, then both."""
+
+    def loop(lab):
+        first = list(lab.student.fc1.parameters())
+        for index, (inputs, teacher_logits, labels) in enumerate(lab.batches(4)):
+            for param in first:
+                param.requires_grad_(index >= step)
+            if index == step and group:
+                group(lab.optimizer).add_param_group({"params": first, "lr": 0.05})
+            lab.optimizer.zero_grad()
+            lab.criterion(lab.student(inputs), teacher_logits, labels).backward()
+            nn.utils.clip_grad_norm_(lab.student.parameters(), 0.05)
+            lab.optimizer.step()
+
+    return loop
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_frozen_parameter_thawed_later(step):
+    assert_differentiates(thaw_after(step, None), steps=4, rtol=1e-4)
+
+
+def head_only(params):
+    return torch.optim.SGD(list(params)[2:], lr=0.1, momentum=0.9)
+
+
+GROUPS = {
+    "through the wrapper": lambda optimizer: optimizer,
+    "behind its back": lambda optimizer: getattr(optimizer, "optimizer", optimizer),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("step", [1, 3])
+def test_add_param_group(step, name):
+    loop = thaw_after(step, GROUPS[name])
+    assert_differentiates(loop, steps=4, optimizer=head_only, rtol=1e-4)
+    assert_leaves_what_the_plain_loop_leaves(loop, optimizer=head_only)
+
+
+def test_a_layer_replaced_after_wrapping():
+    """The new head is added to the optimizer behind the wrapper's back."""
+
+    def loop(lab):
+        torch.manual_seed(5)
+        lab.student.fc2 = nn.Linear(12, CLASSES).double()
+        inner = getattr(lab.optimizer, "optimizer", lab.optimizer)
+        inner.add_param_group({"params": lab.student.fc2.parameters(), "lr": 0.05})
+        plain(2)(lab)
+
+    assert_differentiates(loop, steps=2)
+
+
+# copies
+
+
+def test_moving_averages_of_the_student():
+    """Copies carry no hook of ours that lives, and follow the student as in the plain loop."""
+
+    def loop(lab):
+        lab.average = AveragedModel(lab.student)
+        lab.copy = copy.deepcopy(lab.student)
+        for inputs, teacher_logits, labels in lab.batches(3):
+            lab.optimizer.zero_grad()
+            lab.copy(inputs).sum().backward()
+            lab.criterion(lab.called(inputs), teacher_logits, labels).backward()
+            lab.average(inputs)
+            lab.optimizer.step()
+            lab.average.update_parameters(lab.student)
+            for mine, theirs in zip(lab.copy.parameters(), lab.student.parameters()):
+                mine.data.lerp_(theirs.data, 0.1)
+
+    assert_differentiates(loop, steps=3)
+    assert_leaves_what_the_plain_loop_leaves(loop)
+    expected, lab = (trained(loop, wrapped=wrapped) for wrapped in (False, True))
+    for name in ("average", "copy"):
+        mine, theirs = getattr(lab, name), getattr(expected, name)
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+def test_a_copy_keeps_nothing_of_the_wrapper():
+    lab = Lab()
+    lab.wrap()
+    for other in (copy.deepcopy(lab.student), pickle.loads(pickle.dumps(lab.student))):
+        hooks = [*other._forward_hooks.values(), *other._forward_pre_hooks.values()]
+        assert all(hook._method is None for hook in hooks)
+        assert all(not p._post_accumulate_grad_hooks for p in other.parameters())
+        # the wrapper does not take the copy's output for the student's
+        with pytest.raises(ValueError, match="the wrapped student returned"):
+            lab.criterion(other(lab.inputs()), lab.teacher_logits(), lab.labels())
