@@ -20,7 +20,8 @@ from longtail.protocol import Protocol
 CPU = Machine(torch.device("cpu"))
 SETTINGS = {
     "name": "test", "dataset": "snippets", "teacher": "mlp_large", "student": "mlp_small",
-    "imbalance": 10, "imbalances": (10,), "head": 40, "meta_per_class": 4, "validation_per_class": 4,
+    "imbalance": 10, "imbalances": (10,), "head": 40, "meta_per_class": 4,
+    "validation_per_class": 4,
     "epochs": 3, "teacher_epochs": 1, "batch_size": 20, "meta_batch_size": 8, "views": 2,
 }
 

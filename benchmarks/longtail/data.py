@@ -148,7 +148,8 @@ class CropsAndFlips:
 
     def __call__(self, samples: Tensor, view: Tensor) -> Tensor:
         rows = self._top[view, samples].long().unsqueeze(1) + self._line
-        columns = torch.where(self._flip[view, samples].unsqueeze(1), self._line.flip(0), self._line)
+        flip = self._flip[view, samples].unsqueeze(1)
+        columns = torch.where(flip, self._line.flip(0), self._line)
         columns = self._left[view, samples].long().unsqueeze(1) + columns
         return _normalise(
             self._padded[samples[:, None, None], rows[:, :, None], columns[:, None, :]]

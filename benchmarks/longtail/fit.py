@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtail.data import Task
 from longtail.meta_batches import MetaBatches
 from longtail.methods import Method
 from longtail.protocol import Protocol

@@ -77,7 +77,8 @@ class Setting:
                 if not mine and not path.exists():
                     return None
                 if not path.exists():
-                    tqdm.write(f"training the {kind} teacher for imbalance {self.protocol.imbalance:g}")
+                    imbalance = self.protocol.imbalance
+                    tqdm.write(f"training the {kind} teacher for imbalance {imbalance:g}")
                 args = (kind, self.task, self.protocol, self._job.machine, self._job.cache)
                 self._teachers[kind] = obtain_teacher(*args)
         return self._teachers[kind]
