@@ -217,13 +217,17 @@ class Update:
         return cls(groups, clipping)
 
     def freeze(self, *, grads: bool, states: bool) -> None:
-        """Copies what the real step is about to overwrite.
+        """Copies what the real step, or a scheduler after it, is about to overwrite.
 
         Args:
             grads: copy the gradients too; without, they must be used before they are cleared.
             states: copy the state of linear updates too, whose Jacobian does not need it.
         """
         for group in self.groups:
+            group.options = {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in group.options.items()
+            }
             group.params = [p.clone() for p in group.params]
             if grads:
                 group.grads = [g.clone() for g in group.grads]
