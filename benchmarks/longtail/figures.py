@@ -96,6 +96,10 @@ def _cost_and_accuracy(
             axes.errorbar(x, y, deviation, fmt="o", color=colour, markersize=4, alpha=0.7)
             points.append((x, y, method))
         axes.set_xscale("log")
+        axes.set_xlim(0.85 * min(p[0] for p in points), 1.8 * max(p[0] for p in points))
+        for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            formatter("{x:g}")
+        axes.tick_params(axis="x", which="both", labelsize=7)
         _label(axes, points)
         axes.set_xlabel("seconds of a run")
         axes.set_ylabel(f"{split} accuracy, {column} (%)")
