@@ -22,6 +22,7 @@ from kd_balance.checkpointing import recomputed_under
 from kd_balance.clipping import GradientWatch
 from kd_balance.hooks import WeakHook
 from kd_balance.loss import WeightedKDLoss
+from kd_balance.memory_format import ReplayFormat
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,17 @@ class StudentCall:
     autocast: Autocast
     buffers: dict[str, Tensor]
     training: list[bool]
+    format: ReplayFormat
+    draws_random_numbers: bool = False
     leaf: int = 0  # which leaf of the output's pytree are the logits
 
     @classmethod
     def about_to_happen(
-        cls, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        cls,
+        student: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        format: ReplayFormat,
     ) -> StudentCall:
         device = next(student.parameters()).device
         return cls(
@@ -105,6 +112,7 @@ class StudentCall:
             Autocast.current(device.type),
             {name: buffer.clone() for name, buffer in student.named_buffers()},
             [module.training for module in student.modules()],
+            format,
         )
 
     @property
@@ -145,6 +153,21 @@ class StudentCall:
         kwargs: dict[str, Any],
     ) -> Any:
         """Calls `module`, which holds the student under `prefix`; the student stays untouched."""
+        if self.format.channels_last and not self.draws_random_numbers:
+            try:
+                return self._through(module, prefix, *self.format.convert([params, args, kwargs]))
+            except RuntimeError:  # a view that only contiguous activations allow, most likely
+                self.format.channels_last = False
+        return self._through(module, prefix, params, args, kwargs)
+
+    def _through(
+        self,
+        module: nn.Module,
+        prefix: str,
+        params: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         given = {prefix + name: param for name, param in params.items()}
         buffers = {prefix + name: buffer for name, buffer in self.buffers.items()}
 
@@ -285,6 +308,7 @@ class Recorder:
         self._gradients = gradients
         self._student = replayable(student)
         self._criterion = criterion
+        self._format = ReplayFormat(self._student)
         self._entered: StudentCall | None = None
         self._outputs: list[tuple[list[TensorWeakRef | None], StudentCall]] = []
         self._calls: list[CriterionCall] = []
@@ -312,12 +336,15 @@ class Recorder:
     def _before_student(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entered = None
         if self.active and torch.is_grad_enabled():
-            self._entered = StudentCall.about_to_happen(self._student, args, kwargs)
+            self._entered = StudentCall.about_to_happen(
+                self._student, args, kwargs, self._format
+            )
 
     def _after_student(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._entered is None:
             return
         call, self._entered = self._entered, None
+        call.draws_random_numbers = not call.random_state.cpu.equal(torch.get_rng_state())
         leaves = [
             TensorWeakRef(leaf) if isinstance(leaf, Tensor) else None
             for leaf in tree_leaves(output)
