@@ -7,6 +7,7 @@ remembered by a few numbers for each parameter; at the step they tell which clip
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,9 +29,14 @@ class Clipping:
     factor: float | None = None
     """What clip_grad_norm_ multiplied by."""
     total_norm: float = 0.0
-    """L2 norm of all gradients that clip_grad_norm_ multiplied, afterwards."""
+    """L2 norm of all gradients that clip_grad_norm_ multiplied, afterwards; inf for a constant."""
     limit: float | None = None
     """What clip_grad_value_ clamped to."""
+
+    @property
+    def is_rescaling(self) -> bool:
+        """Whether it is no clipping, but a constant factor such as that of a GradScaler."""
+        return self.total_norm == math.inf
 
     def product(
         self, vectors: Mapping[str, Tensor], clipped: Mapping[str, Tensor]
@@ -71,6 +77,11 @@ class GradientWatch:
         self._in_backward = False
         self._seen: dict[Tensor, tuple[int, int]] = {}
         self._statistics: Tensor | None = None
+        # A write through .grad.data or by a GradScaler leaves no mark on the version, so values
+        # are compared. On an accelerator that waits for the device: one clean step is enough.
+        self._trusts_versions = False
+        self._clipped_norm: float | None = None
+        self._warned = False
 
     def follow(self) -> None:
         """Watches the parameters that there are and train now."""
@@ -109,7 +120,10 @@ class GradientWatch:
             ValueError: something else than clipping.
         """
         params = [p for p in self._seen if p.grad is not None]
-        if self._statistics is None or all(self._seen[p] == _identity(p) for p in params):
+        if self._statistics is None or not params:
+            return None
+        unwritten = all(self._seen[p] == _identity(p) for p in params)
+        if unwritten and self._trusts_versions:
             return None
         order = {p: i for i, p in enumerate(self._seen)}
         before = (self._statistics / loss_scale)[[order[p] for p in params]].tolist()
@@ -117,6 +131,8 @@ class GradientWatch:
         tolerance = _TOLERANCE.get(params[0].dtype, 1e-2)
 
         def equal(a: float, b: float) -> bool:
+            if not (math.isfinite(a) and math.isfinite(b)):
+                return a == b or math.isnan(a) and math.isnan(b)
             return abs(a - b) <= tolerance * max(abs(a), abs(b))
 
         touched = [
@@ -125,14 +141,25 @@ class GradientWatch:
             if not (equal(old[0], new[0]) and equal(old[1], new[1]))
         ]
         if not touched:
+            self._trusts_versions = params[0].device.type != "cpu"
             return None
+        if unwritten:
+            self._trusts_versions = False
         own = {names[params[i]] for i in touched if params[i] in names}
         ratios = [new / old for i in touched for old, new in zip(before[i], after[i]) if old > 0]
-        if min(ratios) == max(ratios) and math.frexp(ratios[0])[0] == 0.5:
+        if ratios and min(ratios) == max(ratios) and math.frexp(ratios[0])[0] == 0.5:
             # a power of two to the last digit: no clipping but a loss scale taken out again
-            return Clipping(own, factor=ratios[0], total_norm=float("inf"))
-        if max(ratios) < 1 and equal(min(ratios), max(ratios)):
+            return Clipping(own, factor=ratios[0], total_norm=math.inf)
+        if ratios and max(ratios) < 1 and equal(min(ratios), max(ratios)):
             total_norm = sum(after[i][0] ** 2 for i in touched) ** 0.5
+            self._check_norm(total_norm)
+            held = {p for group in self._optimizer.param_groups for p in group["params"]}
+            if any(params[i] not in held for i in touched):
+                raise ValueError(
+                    "the gradients were clipped by a norm over more parameters of the student than "
+                    "the optimizer holds, expected only these: clip them alone, or set "
+                    "requires_grad to False for the rest."
+                )
             return Clipping(own, factor=sum(ratios) / len(ratios), total_norm=total_norm)
         limit = max(after[i][1] for i in touched)
         if all(equal(after[i][1], limit) and before[i][1] > limit for i in touched):
@@ -142,6 +169,20 @@ class GradientWatch:
             "step() by something else than torch's clip_grad_norm_ (L2) or clip_grad_value_, "
             "expected one of these or none: clip with them, or change the loss instead."
         )
+
+    def _check_norm(self, total_norm: float) -> None:
+        """Clipping leaves the same norm every time; another uniform factor hardly would."""
+        usual, self._clipped_norm = self._clipped_norm, total_norm
+        if usual is not None and abs(total_norm - usual) > 1e-2 * usual and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The gradients were scaled between backward() and step() to a norm of "
+                f"{usual:.3g} once and of {total_norm:.3g} now. This counts as clip_grad_norm_ "
+                "with the L2 norm over gradients of the student and of this optimizer; if it is "
+                "anything else, or these share their norm with other modules, the hypergradients "
+                "are wrong.",
+                stacklevel=2,
+            )
 
     def _on_gradient(self, param: Tensor) -> None:
         if self.active and not self._in_backward:

@@ -425,6 +425,12 @@ class BilevelOptimizer(Optimizer):
     def _clipping(self, loss_scale: float) -> Clipping | None:
         clipping = self._gradient_watch.clipping(self._names, loss_scale)
         if clipping is not None and self.method != "online":
+            if clipping.is_rescaling:
+                raise ValueError(
+                    f"the gradients were multiplied by {clipping.factor} between backward() and "
+                    f"step() and method is {self.method!r}, expected to know of it: pass the "
+                    "loop's GradScaler as grad_scaler=."
+                )
             raise ValueError(
                 f"the gradients were clipped and method is {self.method!r}, expected 'online': the "
                 "gradients recomputed under the new weights could not be clipped the same way."

@@ -50,6 +50,7 @@ class Lab:
         table = Table().to(device, dtype)
         self.criterion = WeightedKDLoss(table, temperature=2.0, **(criterion or {}))
         self.optimizer = OPTIMIZERS.get(optimizer, optimizer)(self.student.parameters())
+        self.scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=2)
         self.shape, self.dtype, self.device = shape, dtype, device
         self.generator = torch.Generator().manual_seed(1)
         self.meta = [(self.inputs(7), self.labels(7))]
@@ -70,8 +71,10 @@ class Lab:
             yield self.inputs(count), self.teacher_logits(count), self.labels(count)
 
     def wrap(self, rate=0.0, **settings):
-        """Wraps the optimizer; φ stands still by default."""
+        """Wraps the optimizer; φ stands still by default. grad_scaler=True stands for our own."""
         meta = settings.pop("meta", self.meta)
+        if settings.pop("grad_scaler", False):
+            settings["grad_scaler"] = self.scaler
         phi = torch.optim.SGD(self.criterion.weight_net.parameters(), lr=rate)
         settings = {"meta_optimizer": phi, **settings}
         self.optimizer = BilevelOptimizer(
