@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd_balance.weight_net import DEFAULT_FEATURES, compute_features
 
 HardLoss = Callable[[Tensor, Tensor], Tensor]
-SoftLoss = Callable[[Tensor, Tensor], Tensor]
+SoftLoss = Callable[..., Tensor]
 
 
 class _Flat(NamedTuple):
@@ -41,7 +41,8 @@ class WeightedKDLoss(nn.Module):
             (hard weight, soft weight).
         hard_loss: ``(student_logits [N, C], targets) -> [N]`` in place of cross entropy.
         soft_loss: ``(student_logits [N, C], teacher_logits [N, C]) -> [N]`` in place of the
-            temperature KL.
+            temperature KL. A loss with a true attribute ``needs_targets`` is given the targets as
+            a third argument.
         reduction: "mean" over the samples that are not ignored, "sum", or "none" (one value for
             each position, 0 where ignored).
         class_dim: the dimension of the logits that holds the classes; −1 for the
@@ -244,7 +245,8 @@ class WeightedKDLoss(nn.Module):
         if self.soft_loss is None:
             soft = temperature_kl(flat.student, flat.teacher, self.temperature)
         else:
-            soft = self.soft_loss(flat.student, flat.teacher)
+            labels = (flat.targets,) if getattr(self.soft_loss, "needs_targets", False) else ()
+            soft = self.soft_loss(flat.student, flat.teacher, *labels)
         for name, loss in (("hard_loss", hard), ("soft_loss", soft)):
             if loss.shape != flat.student.shape[:1]:
                 raise ValueError(

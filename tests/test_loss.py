@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd_balance import MetaWeightNet, WeightedKDLoss
+from kd_balance.soft_losses import DecoupledKD
 from kd_balance.weight_net import FEATURES
 
 
@@ -128,6 +129,15 @@ def test_own_losses_take_the_place_of_both():
         soft_loss=lambda s, t: (s - t).pow(2).mean(1),
     )
     expected = F.multi_margin_loss(student, labels) + 2 * F.mse_loss(student, teacher)
+    torch.testing.assert_close(criterion(student, teacher, labels), expected)
+
+
+def test_a_soft_loss_may_ask_for_the_targets():
+    student, teacher, labels = batch(4, 3)
+    soft = DecoupledKD(temperature=2.0)
+    criterion = WeightedKDLoss(alpha=(0.0, 1.0), soft_loss=soft, reduction="none")
+    rows = [t.movedim(1, -1).reshape(-1, 5) for t in (student, teacher)]
+    expected = soft(*rows, labels.flatten()).view(4, 3)
     torch.testing.assert_close(criterion(student, teacher, labels), expected)
 
 

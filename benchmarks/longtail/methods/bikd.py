@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -74,11 +72,10 @@ class BiKD(Method):
         self._meta_optimizer = torch.optim.Adam(
             self.weight_net.parameters(), lr=meta_lr, weight_decay=1e-4
         )
-        self._soft = _WithTargets(DecoupledKD(temperature=protocol.temperature))
         losses = {
             "temperature": protocol.temperature,
             "hard_loss": BalancedSoftmax(task.counts) if hard == "bs" else None,
-            "soft_loss": self._soft if soft == "dkd" else None,
+            "soft_loss": DecoupledKD(temperature=protocol.temperature) if soft == "dkd" else None,
         }
         self._plain = WeightedKDLoss(None, **losses)
         self._weighted = WeightedKDLoss(self.weight_net, **losses)
@@ -87,7 +84,6 @@ class BiKD(Method):
     def loss(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, progress: float
     ) -> Tensor:
-        self._soft.targets = targets
         criterion = self.criterion or self._plain
         return criterion(student_logits, teacher_logits, targets)
 
@@ -107,16 +103,3 @@ class BiKD(Method):
         if self.options["method"] == "paper":
             for group in self._meta_optimizer.param_groups:
                 group["lr"] *= 0.8
-
-
-class _WithTargets(nn.Module):
-    """Gives a soft loss the targets of the batch, which the criterion does not pass on."""
-
-    targets: Tensor
-
-    def __init__(self, soft_loss: DecoupledKD) -> None:
-        super().__init__()
-        self.soft_loss = soft_loss
-
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return self.soft_loss(student_logits, teacher_logits, self.targets)
