@@ -126,7 +126,7 @@ class WeightedKDLoss(nn.Module):
             if self.weight_net is not None:
                 self._features = compute_features(_feature_names(self.weight_net), *flat)
             with torch.no_grad():
-                weights = self.weigh(self._features, losses)
+                weights = self.weigh(self._features, losses).clone()  # not a view of parameters
             kept = self.kept(targets)
             self._weights = weights if kept is None else weights * kept.unsqueeze(1)
             return self.combine(losses, weights, targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class StudentCall:
     ) -> Tensor:
         """The logits for other arguments, the student called as it was in this call."""
         output = self.through(self.student, "", params, args, kwargs)
-        return tree_leaves(output)[self.leaf]
+        return _leaves(output)[self.leaf]
 
     def through(
         self,
@@ -184,6 +184,17 @@ class StudentCall:
 
         with recomputed_under(as_recorded), as_recorded():
             return module(*args, **kwargs)
+
+
+def _leaves(output: Any) -> list[Any]:
+    """What a student's output is made of, dataclasses taken apart too."""
+    leaves = []
+    for leaf in tree_leaves(output):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            leaves += _leaves([getattr(leaf, field.name) for field in fields(leaf)])
+        else:
+            leaves.append(leaf)
+    return leaves
 
 
 @contextmanager
@@ -347,7 +358,7 @@ class Recorder:
         call.draws_random_numbers = not call.random_state.cpu.equal(torch.get_rng_state())
         leaves = [
             TensorWeakRef(leaf) if isinstance(leaf, Tensor) else None
-            for leaf in tree_leaves(output)
+            for leaf in _leaves(output)
         ]
         living = [o for o in self._outputs if any(ref and ref() is not None for ref in o[0])]
         self._outputs = [*living, (leaves, call)]

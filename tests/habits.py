@@ -16,7 +16,7 @@ from tests.students import CLASSES, MLP, OPTIMIZERS, logits_of, relative_error
 class Table(nn.Module):
     """Weights that are parameters, whatever the features: a pair for each place in the batch."""
 
-    def __init__(self, count=16):
+    def __init__(self, count=64):
         super().__init__()
         self.weights = nn.Parameter(0.3 + 0.4 * torch.rand(count, 2))
 
@@ -32,6 +32,8 @@ class Lab:
         shape: of one input.
         optimizer: a name in OPTIMIZERS, or ``parameters -> optimizer``.
         criterion: settings of the WeightedKDLoss.
+        call: ``(student, inputs) -> logits``.
+        places: the shape of one sample's labels; a third of them are ignored.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Lab:
         device="cpu",
         optimizer="sgd-momentum",
         criterion=None,
+        call=lambda student, inputs: logits_of(student(inputs)),
+        places=(),
     ):
         torch.manual_seed(0)
         self.student = make().to(device, dtype)
@@ -52,6 +56,7 @@ class Lab:
         self.optimizer = OPTIMIZERS.get(optimizer, optimizer)(self.student.parameters())
         self.scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=2)
         self.shape, self.dtype, self.device = shape, dtype, device
+        self.call, self.places = call, places
         self.generator = torch.Generator().manual_seed(1)
         self.meta = [(self.inputs(7), self.labels(7))]
 
@@ -60,19 +65,30 @@ class Lab:
         return draw.to(self.device, self.dtype)
 
     def labels(self, count=9):
-        return torch.randint(CLASSES, (count,), generator=self.generator).to(self.device)
+        shape = (count, *self.places)
+        labels = torch.randint(CLASSES, shape, generator=self.generator)
+        if self.places:
+            ignored = torch.rand(shape, generator=self.generator) < 1 / 3
+            labels = labels.masked_fill(ignored, self.criterion.ignore_index)
+        return labels.to(self.device)
 
     def teacher_logits(self, count=9):
-        draw = 3 * torch.randn(count, CLASSES, generator=self.generator)
-        return draw.to(self.device, self.dtype)
+        draw = 3 * torch.randn(count, *self.places, CLASSES, generator=self.generator)
+        return draw.movedim(-1, self.criterion.class_dim).to(self.device, self.dtype)
 
     def batches(self, steps, count=9):
         for _ in range(steps):
             yield self.inputs(count), self.teacher_logits(count), self.labels(count)
 
     def wrap(self, rate=0.0, **settings):
-        """Wraps the optimizer; φ stands still by default. grad_scaler=True stands for our own."""
+        """Wraps the optimizer; φ stands still by default.
+
+        ``grad_scaler=True`` stands for the laboratory's own, and `meta` may be a function of the
+        meta inputs and labels.
+        """
         meta = settings.pop("meta", self.meta)
+        if callable(meta):
+            meta = meta(*self.meta[0])
         if settings.pop("grad_scaler", False):
             settings["grad_scaler"] = self.scaler
         phi = torch.optim.SGD(self.criterion.weight_net.parameters(), lr=rate)
@@ -94,7 +110,11 @@ class Lab:
         """Of the student as it is; in the mode it is in."""
         inputs, labels = self.meta[0]
         with torch.no_grad():
-            return F.cross_entropy(logits_of(self.student(inputs)).double(), labels).item()
+            logits = self.call(self.student, inputs).double()
+            logits = logits.movedim(self.criterion.class_dim, 1)
+            return F.cross_entropy(
+                logits, labels, ignore_index=self.criterion.ignore_index
+            ).item()
 
 
 def plain(steps):
@@ -103,8 +123,7 @@ def plain(steps):
     def loop(lab):
         for inputs, teacher_logits, labels in lab.batches(steps):
             lab.optimizer.zero_grad()
-            loss = lab.criterion(logits_of(lab.called(inputs)), teacher_logits, labels)
-            loss.backward()
+            lab.criterion(lab.call(lab.called, inputs), teacher_logits, labels).backward()
             lab.optimizer.step()
 
     return loop
