@@ -30,13 +30,12 @@ class MetaSet:
             raise ValueError(f"meta_loader {loader!r} is empty, expected at least one batch.")
         self._loader = loader
         self._iterator: Any = None
-        self._random_state: Tensor | None = None
+        self._random_state = torch.get_rng_state()
 
     def draw(self) -> Any:
         """The next batch; the training loop's random numbers stay untouched."""
         with preserved_random_state(torch.device("cpu")):
-            if self._random_state is not None:
-                torch.set_rng_state(self._random_state)
+            torch.set_rng_state(self._random_state)
             batch = self._next()
             self._random_state = torch.get_rng_state()
         return batch
@@ -59,7 +58,7 @@ class MetaSet:
         if state["loader"] is not None and hasattr(self._loader, "load_state_dict"):
             self._loader.load_state_dict(state["loader"])
             self._iterator = None
-        self._random_state = state["random_state"]
+        self._random_state = state["random_state"].cpu()
 
 
 class MetaObjective:
@@ -106,7 +105,7 @@ class MetaObjective:
         Raises:
             ValueError: the batch does not fit the recorded call.
         """
-        batch = tree_map(lambda x: x.to(call.device) if hasattr(x, "to") else x, batch)
+        batch = tree_map(lambda x: _brought_to(call.device, x), batch)
         if self._forward is None:
             inputs, targets = _split(batch)
             args, kwargs = _in_place_of(call, inputs)
@@ -114,7 +113,8 @@ class MetaObjective:
                 kwargs["labels"] = targets
         else:
             inputs = batch
-        teacher_logits = self._teacher_logits(inputs)
+        with preserved_random_state(call.device):
+            teacher_logits = self._teacher_logits(inputs)
 
         def meta_loss(params: Mapping[str, Tensor]) -> Tensor:
             with preserved_random_state(call.device):
@@ -183,7 +183,10 @@ class MetaObjective:
                 assert teacher_logits is not None
                 soft = criterion.losses(logits, teacher_logits, targets)[:, 1]
                 kept = criterion.kept(targets)
-                loss = loss + (soft if kept is None else soft[kept]).mean()
+                if kept is None:
+                    loss = loss + soft.mean()
+                else:  # picking by a mask would wait for the device
+                    loss = loss + torch.where(kept, soft, 0).sum() / kept.sum().clamp(min=1)
             return loss
 
 
@@ -197,6 +200,12 @@ class _Through(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         return self._function(self.student, batch)
+
+
+def _brought_to(device: torch.device, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=device.type == "cuda")
+    return value.to(device) if hasattr(value, "to") else value
 
 
 def _split(batch: Any) -> tuple[Any, Tensor]:

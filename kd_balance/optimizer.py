@@ -236,22 +236,34 @@ class BilevelOptimizer(Optimizer):
     def metrics(self) -> dict[str, float]:
         """What the last meta update saw; reading it waits for the device.
 
-        ``meta_loss``, ``hypergradient_norm`` (nan before the first), ``hard_weight`` and
-        ``soft_weight`` (means over the last batch), ``meta_updates`` (steps of φ so far) and
+        ``meta_loss``, ``hypergradient_norm``, ``hard_weight`` and ``soft_weight`` (means over the
+        last batch; all nan before the first), ``meta_updates`` (steps of φ so far) and
         ``skipped_updates`` (hypergradients that were not finite and counted as zero).
         """
-        weights = self.criterion.weights
+        means = [float("nan")] * 2
+        if self.criterion.last_losses is not None:
+            means = self.criterion.weights.mean(0).tolist()
         return {
             "meta_loss": self._meta_loss.item(),
             "hypergradient_norm": self._hypergradient_norm.item(),
-            "hard_weight": weights[:, 0].mean().item(),
-            "soft_weight": weights[:, 1].mean().item(),
+            "hard_weight": means[0],
+            "soft_weight": means[1],
             "meta_updates": float(self._meta_updates),
             "skipped_updates": float(self._skipped.item()),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, and under ``kd_balance`` everything of the meta level."""
+        """The wrapped optimizer's state, and under ``kd_balance`` everything of the meta level.
+
+        The steps of a window that is open (``unroll`` above 1) are not in it; it warns of them.
+        """
+        if self._window:
+            warnings.warn(
+                f"The checkpoint falls between steps that one hypergradient passes through: "
+                f"{len(self._window)} of {self.unroll} steps are not saved, and that of a resumed "
+                "run passes through the others only.",
+                stacklevel=2,
+            )
         gradients = [p.grad for p in self._weight_net.parameters()] if self._accumulated else None
         meta_state = {
             "weight_net": self._weight_net.state_dict(),

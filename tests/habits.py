@@ -162,7 +162,7 @@ def everything(lab):
         "student": lab.student.state_dict(),
         "gradients": [p.grad for p in lab.student.parameters()],
         "optimizer": state,
-        "random numbers": torch.rand(3),
+        "random numbers": (torch.rand(3), torch.rand(3, device=lab.device)),
     }
 
 

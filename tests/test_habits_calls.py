@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -490,3 +491,18 @@ def test_wrapped_twice_is_refused():
     with pytest.raises(ValueError, match="optimizer is BilevelOptimizer") as error:
         BilevelOptimizer(lab.wrap(), lab.student, lab.criterion, lab.meta)
     assert_one_sentence(error)
+
+
+def test_a_teacher_that_draws_random_numbers():
+    """On the meta batch it draws its own; the training loop's are left as they are."""
+    teacher = nn.Sequential(nn.Dropout(), nn.Linear(8, CLASSES)).double()
+    settings = {"meta_loss": "mix", "teacher": teacher}
+    assert_leaves_what_the_plain_loop_leaves(plain(2), settings=settings)
+
+
+def test_metrics_before_the_first_step():
+    lab = Lab()
+    lab.wrap()
+    metrics = lab.optimizer.metrics
+    assert metrics["meta_updates"] == 0
+    assert all(math.isnan(metrics[name]) for name in ("meta_loss", "hard_weight", "soft_weight"))
