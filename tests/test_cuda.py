@@ -44,6 +44,13 @@ pytestmark = [
 CUDA = {"device": "cuda"}
 
 
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    """Ten bits of TF32 are too few to tell engines apart by."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
 class OneLayerRecurrent(Recurrent):
     def __init__(self):
         super().__init__()
