@@ -163,6 +163,12 @@ class WeightedKDLoss(nn.Module):
         """[N, 2], the (hard, soft) losses of the last call before weighting, detached."""
         return self._last_losses
 
+    def follow(self, device: torch.device) -> None:
+        """Moves to the device that the student turned out to be on, if it is not there."""
+        own = next(self.parameters(), None)
+        if own is not None and own.device != device:
+            self.to(device)
+
     def reweigh(self) -> None:
         """Computes `weights` of the last call anew, after the weight net has moved."""
         kept = self.weights.any(1, keepdim=True)

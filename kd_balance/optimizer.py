@@ -117,7 +117,7 @@ class BilevelOptimizer(Optimizer):
         self.unroll = unroll
         self.every = every
         self.accumulate = accumulate
-        criterion.to(next(module.parameters()).device)
+        criterion.follow(next(module.parameters()).device)
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(
             weight_net.parameters(), lr=1e-3, weight_decay=1e-4
         )

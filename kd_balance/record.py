@@ -345,7 +345,15 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
 
-    def _before_student(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_student(
+        self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if getattr(student, "_is_replica", False):
+            raise ValueError(
+                "the student is a replica that nn.DataParallel made for one of several devices, "
+                "expected the student itself: train on one device, with device_ids of length 1."
+            )
+        self._criterion.follow(next(self._student.parameters()).device)
         self._entered = None
         if self.active and torch.is_grad_enabled():
             self._entered = StudentCall.about_to_happen(

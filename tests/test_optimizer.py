@@ -262,3 +262,22 @@ def test_after_close_the_optimizer_goes_on_alone():
     setting.loss().backward()
     optimizer.step()
     assert relative_error(phi(setting.criterion), before) == 0
+
+
+def test_a_replica_of_several_devices_is_refused():
+    setting = Setting()
+    optimizer = setting.wrapped()
+    replica = setting.student._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match="replica that nn.DataParallel made") as error:
+        replica(setting.run.inputs())
+    assert_one_sentence(error)
+    assert optimizer.metrics["meta_updates"] == 0
+
+
+def test_the_criterion_follows_a_student_that_moves_after_wrapping():
+    setting = Setting()
+    optimizer = setting.wrapped()
+    setting.student.to("meta")  # a device without data, on every machine
+    setting.student(setting.run.inputs().to("meta"))
+    assert {p.device.type for p in setting.criterion.parameters()} == {"meta"}
+    assert optimizer.param_groups is setting.inner.param_groups
