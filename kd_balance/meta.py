@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kd_balance.loss import WeightedKDLoss
-from kd_balance.record import StudentCall, preserved_random_state
+from kd_balance.random_state import RandomState, preserved_random_state
+from kd_balance.record import StudentCall
 
 MetaForward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 MetaLoss = Callable[[Tensor, Tensor], Tensor]
@@ -30,14 +31,14 @@ class MetaSet:
             raise ValueError(f"meta_loader {loader!r} is empty, expected at least one batch.")
         self._loader = loader
         self._iterator: Any = None
-        self._random_state = torch.get_rng_state()
+        self._random_state = RandomState.current(torch.device("cpu"))
 
     def draw(self) -> Any:
         """The next batch; the training loop's random numbers stay untouched."""
         with preserved_random_state(torch.device("cpu")):
-            torch.set_rng_state(self._random_state)
+            self._random_state.set()
             batch = self._next()
-            self._random_state = torch.get_rng_state()
+            self._random_state = RandomState.current(torch.device("cpu"))
         return batch
 
     def _next(self) -> Any:
@@ -52,13 +53,13 @@ class MetaSet:
 
     def state_dict(self) -> dict[str, Any]:
         position = self._loader.state_dict() if hasattr(self._loader, "state_dict") else None
-        return {"loader": position, "random_state": self._random_state}
+        return {"loader": position, "random_state": self._random_state.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["loader"] is not None and hasattr(self._loader, "load_state_dict"):
             self._loader.load_state_dict(state["loader"])
             self._iterator = None
-        self._random_state = state["random_state"].cpu()
+        self._random_state = RandomState.from_state_dict(state["random_state"])
 
 
 class MetaObjective:

@@ -106,7 +106,7 @@ class BilevelOptimizer(Optimizer):
         _check_optimizer(optimizer, method)
         _check_single_process(student)
         module = replayable(student)
-        _check_not_scripted(module)
+        _check_modules(module)
         self._names = _names_of(module)
         _check_parameters(optimizer, self._names, weight_net)
 
@@ -514,12 +514,19 @@ def _check_single_process(student: nn.Module) -> None:
         )
 
 
-def _check_not_scripted(student: nn.Module) -> None:
-    if any(isinstance(module, torch.jit.ScriptModule) for module in student.modules()):
-        raise ValueError(
-            "student is or holds a ScriptModule, which cannot be repeated under other parameters, "
-            "expected ordinary modules: use torch.compile in place of torch.jit.script."
-        )
+def _check_modules(student: nn.Module) -> None:
+    for name, module in student.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"student holds a ScriptModule ({name or 'itself'}), which cannot be repeated "
+                "under other parameters, expected ordinary modules: use torch.compile in place of "
+                "torch.jit.script."
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ValueError(
+                f"student has sparse gradients ({name}), expected dense ones: make the embedding "
+                "with sparse=False."
+            )
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

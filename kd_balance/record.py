@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.nn.utils.weight_norm import WeightNorm
@@ -22,6 +23,7 @@ from kd_balance.checkpointing import recomputed_under
 from kd_balance.clipping import GradientWatch
 from kd_balance.hooks import WeakHook
 from kd_balance.loss import WeightedKDLoss
+from kd_balance.random_state import RandomState, preserved_random_state
 from kd_balance.memory_format import ReplayFormat
 
 
@@ -45,39 +47,6 @@ class Autocast:
         return torch.autocast(
             self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False
         )
-
-
-@dataclass
-class RandomState:
-    """The states of the random number generators that a student on `device` draws from."""
-
-    device: torch.device
-    cpu: Tensor
-    accelerator: Tensor | None
-
-    @classmethod
-    def current(cls, device: torch.device) -> RandomState:
-        accelerator = None if device.type == "cpu" else _device_module(device).get_rng_state(device)
-        return cls(device, torch.get_rng_state(), accelerator)
-
-    def set(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            _device_module(self.device).set_rng_state(self.accelerator, self.device)
-
-
-def _device_module(device: torch.device) -> Any:
-    return torch.get_device_module(device.type)
-
-
-@contextmanager
-def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """Leaves the random number generators as they were."""
-    before = RandomState.current(device)
-    try:
-        yield
-    finally:
-        before.set()
 
 
 @dataclass
@@ -231,6 +200,7 @@ def _differentiable_operators(module: nn.Module) -> Iterator[None]:
     """Plain operators in place of fused and compiled ones, which lack derivatives."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     cudnn, mkldnn = torch.backends.cudnn.enabled, torch._C._get_mkldnn_enabled()
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     torch.backends.mha.set_fastpath_enabled(False)
     if any(isinstance(m, nn.RNNBase) for m in module.modules()):
         torch.backends.cudnn.enabled = False
@@ -243,6 +213,7 @@ def _differentiable_operators(module: nn.Module) -> Iterator[None]:
                 stack.enter_context(_PlainWeightNorm())
             yield
     finally:
+        parametrize._cache_enabled = cached
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.backends.cudnn.enabled = cudnn
         torch._C._set_mkldnn_enabled(mkldnn)
@@ -301,8 +272,8 @@ class CriterionCall:
             raise ValueError(
                 f"the student's call was repeated and gave losses that differ by {error:.1g} "
                 "(relative), expected the same ones: leave inputs, targets and parameters alone "
-                "between the forward pass and step(), keep randomness to torch's generators, and "
-                "set torch._inductor.config.fallback_random = True before compiling dropout."
+                "between the forward pass and step(), draw from no random generator of your own, "
+                "and set torch._inductor.config.fallback_random = True before compiling dropout."
             )
 
 

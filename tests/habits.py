@@ -5,6 +5,9 @@ of its own. Two references need nothing of this package but the loss: the plain 
 the same student, and the plain loop with nudged weights, whose slope is the hypergradient.
 """
 
+import random
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -147,6 +150,8 @@ def trained(loop, *, wrapped, prepare=None, nudge=0.0, settings=None, **options)
     if wrapped:
         lab.wrap(**(settings or {}))
     torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
     loop(lab)
     lab.slope = None
     if lab.table.grad is not None:
@@ -163,6 +168,7 @@ def everything(lab):
         "gradients": [p.grad for p in lab.student.parameters()],
         "optimizer": state,
         "random numbers": (torch.rand(3), torch.rand(3, device=lab.device)),
+        "others": (random.random(), np.random.rand()),
     }
 
 

@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -498,6 +500,28 @@ def test_a_teacher_that_draws_random_numbers():
     teacher = nn.Sequential(nn.Dropout(), nn.Linear(8, CLASSES)).double()
     settings = {"meta_loss": "mix", "teacher": teacher}
     assert_leaves_what_the_plain_loop_leaves(plain(2), settings=settings)
+
+
+class Augmenting:
+    """Meta batches augmented by Python's and numpy's random numbers."""
+
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+        self.drawn = []
+
+    def __iter__(self):
+        while True:
+            self.drawn.append(random.random() + np.random.rand() + torch.rand(()).item())
+            yield self.inputs * self.drawn[-1], self.labels
+
+
+def test_a_meta_loader_that_draws_random_numbers():
+    settings = {"meta": Augmenting}
+    assert_leaves_what_the_plain_loop_leaves(plain(3), settings=settings)
+    loaders = []
+    settings = {"meta": lambda x, y: loaders.append(Augmenting(x, y)) or loaders[0]}
+    trained(plain(3), wrapped=True, settings=settings)
+    assert len(set(loaders[0].drawn)) == 3
 
 
 def test_metrics_before_the_first_step():

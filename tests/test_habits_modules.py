@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import random
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +68,19 @@ def test_compiled_in_place_or_within(prepare):
 def test_compiled_dropout_that_draws_as_eager_dropout_does():
     prepare = lambda m: torch.compile(m, backend="aot_eager")  # noqa: E731
     assert_differentiates(plain(1), make=Dropped, prepare=prepare)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(()).item()])
+def test_layers_dropped_at_random(draw):
+    """Stochastic depth, whichever generator decides."""
+
+    class Student(Deep):
+        def forward(self, inputs):
+            hidden = torch.tanh(self.first(inputs))
+            return self.last(self.block(hidden) if draw() < 0.5 else hidden)
+
+    assert_differentiates(plain(4), steps=4, make=Student)
+    assert_leaves_what_the_plain_loop_leaves(plain(4), make=Student)
 
 
 @needs_compiler
@@ -275,7 +290,91 @@ def test_a_scripted_student_is_refused():
     assert_one_sentence(error)
 
 
+def test_sparse_gradients_are_refused():
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(4, CLASSES, sparse=True)
+
+    with pytest.raises(ValueError, match="sparse=False") as error:
+        Lab(Student, optimizer="sgd").wrap()
+    assert_one_sentence(error)
+
+
 # layers
+
+
+class Normalised(nn.Module):
+    """A classifier by cosine similarity."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, hidden):
+        return 4 * F.linear(F.normalize(hidden), F.normalize(self.fc.weight))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 12)
+
+    def forward(self, hidden):
+        query, key, value = self.fc(hidden.view(-1, 3, 4)).chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).flatten(1)
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 12)
+
+    def forward(self, hidden):
+        return hidden + self.embed(hidden.sum(1).detach().abs().long().clamp(max=4))
+
+
+def image(*layers):
+    return nn.Sequential(nn.Unflatten(1, (3, 2, 2)), *layers, nn.Flatten())
+
+
+LAYERS = {
+    "layer norm": lambda: nn.LayerNorm(12),
+    "group norm": lambda: nn.GroupNorm(3, 12),
+    "RMS norm": lambda: nn.RMSNorm(12),
+    "batch norm": lambda: nn.BatchNorm1d(12),
+    "instance norm": lambda: image(nn.InstanceNorm2d(3, affine=True)),
+    "cosine": Normalised,
+    "attention": Attention,
+    "embedding": Embedded,
+    "transposed convolution": lambda: image(nn.ConvTranspose2d(3, 3, 3, padding=1)),
+    "grouped convolution": lambda: image(nn.Conv2d(3, 3, 3, padding=1, groups=3)),
+    "max pooling": lambda: image(nn.MaxPool2d(2), nn.Conv2d(3, 12, 1)),
+    "average pooling": lambda: image(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 12, 1)),
+    "interpolation": lambda: image(
+        nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(3, 3, 3, stride=2, padding=1)
+    ),
+    "GELU": nn.GELU,
+    "SiLU": nn.SiLU,
+    "Mish": nn.Mish,
+    "ELU": nn.ELU,
+    "PReLU": nn.PReLU,
+    "Hardswish": nn.Hardswish,
+    "Softplus": nn.Softplus,
+    "RReLU": nn.RReLU,
+    "alpha dropout": lambda: nn.AlphaDropout(0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The student has an operator without forward-mode")
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    """torch's own second derivatives are not taken on trust: weight norm's was wrong."""
+
+    def make():
+        return nn.Sequential(nn.Linear(8, 12), LAYERS[name](), nn.Linear(12, CLASSES))
+
+    assert_differentiates(plain(2), steps=2, make=make, rtol=1e-4)
 
 
 def parametrised(kind):
@@ -310,6 +409,21 @@ def test_parametrised_layers(name):
     else:
         assert_differentiates(plain(3), steps=3, make=make)
     assert_leaves_what_the_plain_loop_leaves(plain(3), make=make)
+
+
+def test_parametrisations_cached_by_the_loop():
+    """A replay must not see the weights that were computed for the call."""
+
+    def loop(lab):
+        for inputs, teacher_logits, labels in lab.batches(2):
+            lab.optimizer.zero_grad()
+            with nn.utils.parametrize.cached():
+                lab.criterion(lab.student(inputs), teacher_logits, labels).backward()
+                lab.optimizer.step()
+
+    make = parametrised(PARAMETRISED["weight_norm"])
+    assert_differentiates(loop, steps=2, make=make)
+    assert_leaves_what_the_plain_loop_leaves(loop, make=make)
 
 
 class Recurrent(nn.Module):
