@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kd_balance.loss import WeightedKDLoss
-from kd_balance.random_state import RandomState, preserved_random_state
-from kd_balance.record import StudentCall
+from kd_balance.replay import RandomState, StudentCall, preserved_random_state
 
 MetaForward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 MetaLoss = Callable[[Tensor, Tensor], Tensor]

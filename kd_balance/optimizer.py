@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from kd_balance.hypergradient import ENGINES
 from kd_balance.inner_step import DIFFERENTIABLE, InnerStep, Update, is_differentiable
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
-from kd_balance.record import CriterionCall, Recorder, replayable
+from kd_balance.record import CriterionCall, Recorder
+from kd_balance.replay import replayable
 
 METHODS = ("online", "lookahead", "paper")
 
@@ -206,18 +208,19 @@ class BilevelOptimizer(Optimizer):
             at_end = self._window_position == self.every - 1
             self._names = _names_of(replayable(self.student))  # layers may have been replaced
             try:
-                self._check_calls(calls)
-                clipping = self._clipping(self._undo_loss_scale(calls))
-                update = Update.of(
-                    self.optimizer,
-                    self._names,
-                    clipping=clipping,
-                    plain_sgd=self.method == "paper" and at_end,
-                )
-                if at_end:
-                    self._bilevel_step(InnerStep(calls, update), closure)
-                else:
-                    self._recorded_step(InnerStep(calls, update), closure)
+                with _modes_of_our_own(next(self._weight_net.parameters()).device):
+                    self._check_calls(calls)
+                    clipping = self._clipping(self._undo_loss_scale(calls))
+                    update = Update.of(
+                        self.optimizer,
+                        self._names,
+                        clipping=clipping,
+                        plain_sgd=self.method == "paper" and at_end,
+                    )
+                    if at_end:
+                        self._bilevel_step(InnerStep(calls, update), closure)
+                    else:
+                        self._recorded_step(InnerStep(calls, update), closure)
             except BaseException:
                 self._recorder.active = True
                 raise
@@ -448,6 +451,14 @@ class BilevelOptimizer(Optimizer):
                 "gradients recomputed under the new weights could not be clipped the same way."
             )
         return clipping
+
+
+@contextmanager
+def _modes_of_our_own(device: torch.device) -> Iterator[None]:
+    """Gradients on and autocast off, whatever the loop calls step() within."""
+    with torch.inference_mode(False), torch.enable_grad():
+        with torch.autocast(device.type, enabled=False):
+            yield
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
-from kd_balance.memory_format import ReplayFormat
+from kd_balance.replay.memory_format import ReplayFormat
 from tests.students import CLASSES, relative_error
 
 

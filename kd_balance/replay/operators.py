@@ -1,0 +1,57 @@
+"""Plain operators for replays, in place of those that lack derivatives or have wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def differentiable_operators(module: nn.Module) -> Iterator[None]:
+    """Plain operators in place of fused and compiled ones, which lack derivatives."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    cudnn, mkldnn = torch.backends.cudnn.enabled, torch._C._get_mkldnn_enabled()
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    torch.backends.mha.set_fastpath_enabled(False)
+    if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+        torch.backends.cudnn.enabled = False
+        torch._C._set_mkldnn_enabled(False)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if _has_weight_norm(module):
+                stack.enter_context(_PlainWeightNorm())
+            yield
+    finally:
+        parametrize._cache_enabled = cached
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.backends.cudnn.enabled = cudnn
+        torch._C._set_mkldnn_enabled(mkldnn)
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    return any(
+        isinstance(part, (_WeightNorm, WeightNorm))
+        for m in module.modules()
+        for part in (m, *m._forward_pre_hooks.values())
+    )
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """Weight norm by its definition: torch's operator has a wrong second derivative (2.13)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            direction, magnitude, dim = args
+            return direction * (magnitude / torch.norm_except_dim(direction, 2, dim))
+        return func(*args, **(kwargs or {}))
