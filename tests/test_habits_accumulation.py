@@ -320,6 +320,27 @@ def test_step_with_a_closure():
     assert_leaves_what_the_plain_loop_leaves(loop)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
+def test_the_step_within_no_grad(optimizer, mode):
+    def loop(lab):
+        for inputs, teacher_logits, labels in lab.batches(2):
+            lab.optimizer.zero_grad()
+            lab.criterion(lab.called(inputs), teacher_logits, labels).backward()
+            with mode():
+                lab.optimizer.step()
+
+    assert_differentiates(loop, reference=plain(2), steps=2, optimizer=optimizer, rtol=1e-4)
+    for method in ("lookahead", "paper"):
+        settings = {"method": method}
+        lab, expected = (
+            trained(each, wrapped=True, optimizer=optimizer, settings=settings)
+            for each in (loop, plain(2))
+        )
+        assert relative_error([lab.hypergradient], [expected.hypergradient]) < 1e-12
+        assert relative_error(lab.student.parameters(), expected.student.parameters()) < 1e-12
+
+
 def test_several_parameter_groups():
     def optimizer(params):
         return torch.optim.SGD(two_groups(optimizer.student), lr=0.1, momentum=0.9)

@@ -125,6 +125,25 @@ def test_a_student_that_changes_from_call_to_call_is_refused():
     assert_one_sentence(error)
 
 
+class OwnGenerator(MLP):
+    """Noise from a generator that nobody else knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = [torch.Generator().manual_seed(0)]
+
+    def forward(self, inputs):
+        return super().forward(inputs + torch.randn(inputs.shape, generator=self.generator[0]))
+
+
+def test_a_generator_of_the_student_s_own_is_refused():
+    lab = Lab(OwnGenerator)
+    lab.wrap()
+    with pytest.raises(ValueError, match="no random generator of your own") as error:
+        plain(1)(lab)
+    assert_one_sentence(error)
+
+
 def test_parameters_that_another_optimizer_moved_before_the_step_are_refused():
     lab = Lab(optimizer=lambda params: torch.optim.SGD(list(params)[:2], lr=0.1))
     other = torch.optim.SGD(lab.student.fc2.parameters(), lr=0.1)

@@ -69,6 +69,36 @@ def test_autocast_leaves_the_student_of_the_plain_loop(student):
     )
 
 
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
+def test_the_step_within_autocast(optimizer):
+    """Some loops keep everything under it; neither engine computes the rest in half precision."""
+
+    def loop_with(step_within):
+        def loop(lab):
+            for inputs, teacher_logits, labels in lab.batches(3):
+                lab.optimizer.zero_grad()
+                with torch.autocast(lab.device, dtype=torch.bfloat16):
+                    lab.criterion(lab.called(inputs), teacher_logits, labels).backward()
+                    if step_within:
+                        lab.optimizer.step()
+                if not step_within:
+                    lab.optimizer.step()
+
+        return loop
+
+    loop = loop_with(True)
+    options = dict(wrapped=True, dtype=torch.float32, optimizer=optimizer, make=Dropped)
+    for engine in ("adjoint", "unroll"):
+        settings = {"unroll": 3, "every": 3, "engine": engine}
+        lab = trained(loop, settings=settings, **options)
+        expected = trained(loop_with(False), settings=settings, **options)
+        assert relative_error([lab.hypergradient], [expected.hypergradient]) < 1e-5
+        assert lab.criterion.weights.dtype == torch.float32
+    assert_leaves_what_the_plain_loop_leaves(
+        loop, dtype=torch.float32, optimizer=optimizer, make=Dropped
+    )
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_student_in_bfloat16(steps):
     settings = {"unroll": steps, "every": steps}
