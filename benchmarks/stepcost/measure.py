@@ -1,0 +1,124 @@
+"""Times of training steps, taken in turns with plain KD's, and errors of their hypergradients."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from stepcost.case import Batch, Case
+from stepcost.exact import Snapshot, hypergradient, relative_error
+from stepcost.rows import row
+from stepcost.rows.base import Row
+
+BATCHES = 2  # distinct batches that the steps go through in turns
+ERROR_BATCH = 8
+ERROR_SAMPLES = 7
+FEWEST = 5  # samples of a row, however long its period
+
+
+class Seconds(NamedTuple):
+    """Of one step: on the clock, and of the process on all cores (0 where work is on a GPU)."""
+
+    wall: float
+    cpu: float
+
+
+def timed_step(of: Row, train: Batch, meta: Batch) -> Seconds:
+    device = torch.device(of.case.device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        of.step(train, meta)
+        end.record()
+        torch.cuda.synchronize(device)
+        return Seconds(start.elapsed_time(end) / 1e3, 0.0)
+    wall, cpu = time.perf_counter(), time.process_time()
+    of.step(train, meta)
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def times(case: Case, names: Sequence[str], rounds: int, warmup: int) -> dict[str, dict[str, Any]]:
+    """Time per step of every row, as ratios to plain KD's.
+
+    In every round each row, in a new order, takes all the steps of its period, and before each of
+    these plain KD takes one. A sample is the mean step of a period over the mean of its KD steps.
+    Rows of long periods sit out rounds, since a sample of theirs is a mean of many steps.
+    """
+    plain = row("kd")(case)
+    rows = {name: row(name)(case) for name in names}
+    pairs = [(case.draw(i), case.draw(i, meta=True)) for i in range(BATCHES)]
+    samples: dict[str, list[tuple[Seconds, Seconds]]] = {name: [] for name in names}
+    order = list(names)
+    shuffle = random.Random(0).shuffle
+    for count in range(warmup + rounds):
+        shuffle(order)
+        for name in order:
+            of = rows[name]
+            if len(samples[name]) >= max(FEWEST, 2 * rounds // of.period):
+                continue
+            own, base = [], []
+            for i in range(of.period):
+                pair = pairs[i % BATCHES]
+                base.append(timed_step(plain, *pair))
+                own.append(timed_step(of, *pair))
+            if count >= warmup:
+                samples[name].append((_mean(own), _mean(base)))
+    return {name: _ratios(pairs) for name, pairs in samples.items()}
+
+
+def _mean(steps: Sequence[Seconds]) -> Seconds:
+    return Seconds(*(statistics.fmean(column) for column in zip(*steps)))
+
+
+def _ratios(samples: list[tuple[Seconds, Seconds]]) -> dict[str, Any]:
+    ratios = {"ratio": spread([own.wall / base.wall for own, base in samples])}
+    if all(base.cpu for _, base in samples):
+        ratios["cpu_ratio"] = spread([own.cpu / base.cpu for own, base in samples])
+    ratios["seconds"] = spread([own.wall for own, _ in samples])
+    ratios["kd_seconds"] = spread([base.wall for _, base in samples])
+    return ratios
+
+
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles and the samples themselves."""
+    twice = [*samples, *samples] if len(samples) == 1 else samples
+    quartiles = statistics.quantiles(twice, n=4, method="inclusive")
+    return {
+        "median": quartiles[1],
+        "quartiles": [quartiles[0], quartiles[2]],
+        "samples": [float(f"{sample:.5g}") for sample in samples],
+    }
+
+
+def hypergradient_errors(case: Case, name: str) -> list[float]:
+    """Relative errors against float64 unrolling of the row's own step, on small fixed batches.
+
+    Each is taken at the step that ends a period, after a first period that warms up momentum and
+    moments. A ReLU whose input float32 rounds to the other side of zero makes an error of 1e-4 in
+    any of the rows now and then, which is why there are several. None with unroll > 1.
+    """
+    small = replace(
+        case, batch=min(case.batch, ERROR_BATCH), meta_batch=min(case.meta_batch, ERROR_BATCH)
+    )
+    kind = row(name)
+    if kind.definition is None or case.unroll > 1:
+        return []
+    of = kind(small)
+    errors = []
+    for period in range(1 + ERROR_SAMPLES):
+        for i in range(of.period):
+            train, meta = (small.draw(period * of.period + i, meta=meta) for meta in (False, True))
+            if i == of.period - 1:
+                before = Snapshot.of(of.student, of.optimizer, of.weight_net)
+            of.step(train, meta)
+        if period > 0:
+            exact = hypergradient(kind.definition, before, train, meta)
+            errors.append(relative_error(of.hypergradient(), exact))
+    return errors

@@ -1,0 +1,97 @@
+"""Peak memory of a training step, each row in a process of its own.
+
+    python -m stepcost.memory '{"row": "online", "case": {…}, "threads": 1}'
+
+prints one JSON object. On a CPU `over_import` is the highest resident set size during the steps
+minus the resident set size after the imports and after student, weight net, optimizer and batches
+were built; so it holds gradients, optimizer state, activations and what the libraries allocate at
+their first use. On a GPU it is the caching allocator's peak minus what was allocated then.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepcost.case import Case
+from stepcost.rows import row
+
+STEPS = 4  # at least, and two periods
+STATUS = Path("/proc/self/status")
+
+
+def peak_memory(case: Case, name: str, threads: int) -> dict[str, int]:
+    """Runs the child process of a row.
+
+    Raises:
+        RuntimeError: with the last line of its errors, if it fails.
+    """
+    request = json.dumps({"row": name, "case": asdict(case), "threads": threads})
+    child = subprocess.run(
+        [sys.executable, "-m", "stepcost.memory", request],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        raise RuntimeError(lines[-1])
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def _measure(case: Case, name: str) -> dict[str, int]:
+    of = row(name)(case)
+    train, meta = case.draw(0), case.draw(0, meta=True)
+    gc.collect()
+    before = _start(case)
+    for _ in range(max(STEPS, 2 * of.period)):
+        of.step(train, meta)
+    peak = _peak(case)
+    parameters = sum(p.numel() for p in of.student.parameters())
+    return {"built": before, "peak": peak, "over_import": peak - before, "parameters": parameters}
+
+
+def _start(case: Case) -> int:
+    """Bytes held now, the peak being counted from here on."""
+    if torch.device(case.device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not STATUS.exists():
+        return _peak(case)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(case: Case) -> int:
+    if torch.device(case.device).type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    if STATUS.exists():  # ru_maxrss would start from the parent process's peak on Linux
+        return _status("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(key: str) -> int:
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    request: dict[str, Any] = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    print(json.dumps(_measure(Case(**request["case"]), request["row"])))
+
+
+if __name__ == "__main__":
+    main()
