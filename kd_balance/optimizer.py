@@ -351,6 +351,7 @@ class BilevelOptimizer(Optimizer):
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
     ) -> None:
         """Goes through the first meta update once before the student moves, for what may fail."""
+        _check_single_process(self.student)
         self._objective.try_out(meta_loss)
         params = dict(steps[-1].update.params)
         for step in reversed(steps):

@@ -118,6 +118,20 @@ def test_clipping_leaves_the_student_of_the_plain_loop(name):
     assert_leaves_what_the_plain_loop_leaves(clipped(name, 2))
 
 
+def test_clipping_by_data_that_begins_late():
+    """The first step, which is tried out, sees nothing of it."""
+
+    def loop(lab):
+        for index, (inputs, teacher_logits, labels) in enumerate(lab.batches(3)):
+            lab.optimizer.zero_grad()
+            lab.criterion(lab.called(inputs), teacher_logits, labels).backward()
+            if index > 0:
+                by_data(lab)
+            lab.optimizer.step()
+
+    assert_differentiates(loop, steps=3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_clipping_before_an_adaptive_step(optimizer):
     assert_differentiates(clipped("norm", 3), steps=3, optimizer=optimizer, rtol=1e-3)

@@ -5,6 +5,7 @@ import pickle
 import random
 import shutil
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tests.habits import (
     plain,
     trained,
 )
-from tests.students import CLASSES, MLP, ConvNet
+from tests.students import CLASSES, MLP, ConvNet, relative_error
 
 # torch.compile: `jit.script` warns of its own deprecation when dynamo is imported
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated")
@@ -281,16 +282,35 @@ def test_data_parallel_on_several_devices_is_refused():
     assert_one_sentence(error)
 
 
-def test_several_processes_are_refused():
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+@contextmanager
+def process_group(backend, **settings):
+    torch.distributed.init_process_group(backend, rank=0, **settings)
     try:
-        with pytest.raises(ValueError, match="student runs on 2 devices at once") as error:
-            Lab().wrap()
+        yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("begun", ["before wrapping", "after"])
+def test_several_processes_are_refused(begun):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    lab = Lab()
+    if begun == "after":
+        lab.wrap()
+    before = [p.detach().clone() for p in lab.student.parameters()]
+    with process_group("fake", world_size=2, store=FakeStore()):
+        with pytest.raises(ValueError, match="student runs on 2 devices at once") as error:
+            plain(1)(lab) if begun == "after" else lab.wrap()
     assert_one_sentence(error)
+    assert relative_error(lab.student.parameters(), before) == 0
+
+
+def test_distributed_data_parallel_in_one_process():
+    with process_group("gloo", world_size=1, store=torch.distributed.HashStore()):
+        prepare = nn.parallel.DistributedDataParallel
+        assert_differentiates(plain(3), steps=3, prepare=prepare)
+        assert_leaves_what_the_plain_loop_leaves(plain(3), prepare=prepare)
 
 
 def test_a_student_spread_over_devices_is_refused():

@@ -188,6 +188,7 @@ def _preserved_attributes(module: nn.Module) -> Iterator[None]:
 
 def replayable(student: nn.Module) -> nn.Module:
     """The module itself, without what compiles or distributes its calls."""
-    while isinstance(student, (torch._dynamo.OptimizedModule, nn.DataParallel)):
+    distributed = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(student, (torch._dynamo.OptimizedModule, *distributed)):
         student = getattr(student, "_orig_mod", None) or student.module
     return student
