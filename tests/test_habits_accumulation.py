@@ -355,6 +355,16 @@ def test_the_step_within_no_grad(optimizer, mode):
         assert relative_error(lab.student.parameters(), expected.student.parameters()) < 1e-12
 
 
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_fused_and_foreach_optimizers(kind, how):
+    def optimizer(params):
+        return kind(params, lr=0.01, **{how: True})
+
+    assert_differentiates(plain(2), steps=2, optimizer=optimizer, rtol=1e-4)
+    assert_leaves_what_the_plain_loop_leaves(plain(2), optimizer=optimizer)
+
+
 def test_several_parameter_groups():
     def optimizer(params):
         return torch.optim.SGD(two_groups(optimizer.student), lr=0.1, momentum=0.9)
