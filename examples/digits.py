@@ -1,0 +1,245 @@
+"""Distil a small student on long-tailed handwritten digits, with fixed and with learned weights.
+
+scikit-learn's digits (1,797 real scans of 8 × 8 pixels) are made long-tailed: 110 images of the
+digit 0 down to 2 of the digit 9. Of two teachers one is biased towards the frequent digits, the
+other is debiased by balanced softmax. The same small student learns from them by plain KD and by
+BiKD, whose weights are learned on a balanced meta set of 5 images a digit.
+
+    pip install 'kd-balance[examples]'
+    python examples/digits.py            # 3 seeds, about a minute and a half
+    python examples/digits.py --quick    # 1 seed and 3 epochs, only to see that it runs
+
+It prints test accuracies, whichever way they come out, and draws the weights that BiKD learned.
+What concerns kd-balance is in the function `distil`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
+from kd_balance.data import BalancedBatches, class_counts, long_tail_indices, split_balanced
+from kd_balance.hard_losses import BalancedSoftmax
+from kd_balance.history import WeightHistory
+
+EPOCHS = 150
+BATCH_SIZE = 32
+LEARNING_RATE = 0.05  # of 0.1, 0.05, 0.02 and 0.01, plain KD's lowest training loss
+NOISE = 0.1  # standard deviation; pixels are in [0, 1]
+TEACHER = (64, 256, 256, 10)
+STUDENT = (64, 16, 16, 10)
+ENTROPY, BALANCED = "cross entropy", "balanced softmax"
+BIKD_COST = 5  # what an epoch of BiKD counts on the progress bar
+
+Row = tuple[str, str, str]  # method, hard loss, teacher
+
+
+class Images(NamedTuple):
+    inputs: Tensor  # [N, 64]
+    targets: Tensor  # [N]
+
+
+def distil(
+    teacher: nn.Module,
+    hard_loss: nn.Module,
+    train: Images,
+    meta: Images | None,
+    seed: int,
+    epochs: int,
+    progress: tqdm,
+    picture: Path | None = None,
+) -> nn.Module:
+    """Train a student by BiKD, or by plain KD if there is no meta set to learn the weights on."""
+    student = mlp(STUDENT, seed)
+    optimizer = sgd(student)
+    if meta is None:
+        criterion = WeightedKDLoss(temperature=4.0, alpha=0.5, hard_loss=hard_loss)
+    else:
+        meta_loader = BalancedBatches(meta.inputs, meta.targets, batch_size=50, seed=seed)
+        weight_net = MetaWeightNet(hidden=(64,))
+        criterion = WeightedKDLoss(weight_net, temperature=4.0, hard_loss=hard_loss)
+        optimizer = BilevelOptimizer(optimizer, student, criterion, meta_loader)
+    history = WeightHistory(criterion)
+
+    scheduler = CosineAnnealingLR(optimizer, epochs)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for inputs, targets in batches(train, generator):
+            with torch.no_grad():
+                teacher_logits = teacher(inputs)
+            loss = criterion(student(inputs), teacher_logits, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scheduler.step()
+        progress.update(1 if meta is None else BIKD_COST)
+    if picture is not None:
+        history.plot(picture, class_counts(train.targets))
+    return student
+
+
+def fit(
+    model: nn.Module, hard_loss: nn.Module, train: Images, seed: int, epochs: int, progress: tqdm
+) -> nn.Module:
+    """Train a model without a teacher."""
+    optimizer = sgd(model)
+    scheduler = CosineAnnealingLR(optimizer, epochs)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for inputs, targets in batches(train, generator):
+            loss = hard_loss(model(inputs), targets).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scheduler.step()
+        progress.update()
+    return model
+
+
+def mlp(widths: Sequence[int], seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)  # the same student for every method
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
+
+
+def split(seed: int) -> tuple[Images, Images, Images]:
+    """A long-tailed training set, a balanced meta set and a balanced test set, without overlap."""
+    digits = load_digits()
+    images = Images(torch.tensor(digits.data / 16).float(), torch.tensor(digits.target))
+
+    def pick(images: Images, index: Tensor) -> Images:
+        return Images(images.inputs[index], images.targets[index])
+
+    test_index, rest_index = split_balanced(images.targets, per_class=60, seed=seed)
+    test, rest = pick(images, test_index), pick(images, rest_index)
+    meta_index, rest_index = split_balanced(rest.targets, per_class=5, seed=seed)
+    meta, rest = pick(rest, meta_index), pick(rest, rest_index)
+    tail_index = long_tail_indices(rest.targets, imbalance_factor=50, seed=seed, head_count=110)
+    return pick(rest, tail_index), meta, test
+
+
+def batches(images: Images, generator: torch.Generator) -> Iterator[Images]:
+    """One epoch in random order, every image shifted by up to a pixel and noised."""
+    for index in torch.randperm(len(images.targets), generator=generator).split(BATCH_SIZE):
+        n = len(index)
+        padded = F.pad(images.inputs[index].view(n, 8, 8), (1, 1, 1, 1))
+        windows = padded.unfold(1, 8, 1).unfold(2, 8, 1)  # [n, 3, 3, 8, 8], one for each shift
+        down, right = torch.randint(3, (2, n), generator=generator)
+        shifted = windows[torch.arange(n), down, right].flatten(1)
+        noise = NOISE * torch.randn(n, 64, generator=generator)
+        yield Images(shifted + noise, images.targets[index])
+
+
+def accuracies(model: nn.Module, test: Images, counts: Tensor) -> Tensor:
+    """[4], percent correct: overall, many-shot, medium-shot and few-shot classes."""
+    with torch.no_grad():
+        correct = (model(test.inputs).argmax(1) == test.targets).double()
+    by_class = torch.zeros(10).double().index_add(0, test.targets, correct) / 60
+    groups = (counts > 0, counts > 40, (counts <= 40) & (counts > 5), counts <= 5)
+    return torch.stack([100 * by_class[group].mean() for group in groups])
+
+
+def compare(seed: int, epochs: int, progress: tqdm, picture: Path | None) -> dict[Row, Tensor]:
+    """Train every model of the table with one seed; gives the accuracies [4] of each."""
+    train, meta, test = split(seed)
+    added = Images(*(torch.cat(pair) for pair in zip(train, meta)))
+    counts = class_counts(train.targets)
+    entropy = nn.CrossEntropyLoss(reduction="none")
+    balanced = BalancedSoftmax(counts)
+    balanced_added = BalancedSoftmax(class_counts(added.targets))
+    rest = (seed, epochs, progress)
+
+    biased = fit(mlp(TEACHER, seed), entropy, train, *rest)
+    debiased = fit(mlp(TEACHER, seed), balanced, train, *rest)
+    models: dict[Row, nn.Module] = {
+        ("biased teacher", ENTROPY, "-"): biased,
+        ("debiased teacher", BALANCED, "-"): debiased,
+        ("no distillation", ENTROPY, "-"): fit(mlp(STUDENT, seed), entropy, train, *rest),
+        ("KD", ENTROPY, "biased"): distil(biased, entropy, train, None, *rest),
+        ("KD + meta images", ENTROPY, "biased"): distil(biased, entropy, added, None, *rest),
+        ("BiKD", ENTROPY, "biased"): distil(biased, entropy, train, meta, *rest, picture),
+        ("no distillation", BALANCED, "-"): fit(mlp(STUDENT, seed), balanced, train, *rest),
+        ("KD", BALANCED, "debiased"): distil(debiased, balanced, train, None, *rest),
+        ("KD + meta images", BALANCED, "debiased"): distil(
+            debiased, balanced_added, added, None, *rest
+        ),
+        ("BiKD", BALANCED, "debiased"): distil(debiased, balanced, train, meta, *rest),
+    }
+    return {row: accuracies(model, test, counts) for row, model in models.items()}
+
+
+def mean_and_deviation(values: Tensor) -> str:
+    """Over the seeds, values [S]."""
+    deviation = f" ± {values.std():4.1f}" if len(values) > 1 else " " * 7
+    return f"{values.mean():5.1f}{deviation}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="runs to average over (default 3)")
+    parser.add_argument("--quick", action="store_true", help="one seed and three epochs")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("build/digits_weights.png"),
+        help="where to draw the learned weights (default build/digits_weights.png)",
+    )
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"--seeds is {options.seeds}, expected at least 1.")
+    seeds, epochs = (1, 3) if options.quick else (options.seeds, EPOCHS)
+    options.picture.parent.mkdir(parents=True, exist_ok=True)
+
+    runs = []
+    with tqdm(
+        total=seeds * epochs * (8 + 2 * BIKD_COST),
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
+        smoothing=0,
+        mininterval=1,
+    ) as progress:
+        for seed in range(seeds):
+            progress.set_description_str(f"seed {seed + 1} of {seeds}")
+            runs.append(compare(seed, epochs, progress, options.picture if seed == 0 else None))
+    results = {row: torch.stack([run[row] for run in runs]) for row in runs[0]}  # each [S, 4]
+
+    counts = class_counts(split(0)[0].targets).tolist()
+    print(f"\nTraining images of the digits 0 to 9: {', '.join(map(str, counts))}.")
+    print("Many-shot are digits with more than 40, few-shot those with at most 5.")
+    print(f"Student {'-'.join(map(str, STUDENT))}, {epochs} epochs, {seeds} seed(s).")
+    print(f"\nTest accuracy in %{', mean ± standard deviation' if seeds > 1 else ''}")
+    headings = "".join(f"{name:>14}" for name in ("overall", "many", "medium", "few"))
+    print(f"{'method':18}{'hard loss':18}{'teacher':9}{headings}")
+    for (method, hard_loss, teacher), values in results.items():
+        columns = "".join(f"{mean_and_deviation(column):>14}" for column in values.T)
+        print(f"{method:18}{hard_loss:18}{teacher:9}{columns}")
+    print("\nOverall accuracy of BiKD minus that of another, seed by seed")
+    for hard_loss, teacher in ((ENTROPY, "biased"), (BALANCED, "debiased")):
+        for method in ("KD", "KD + meta images"):
+            bikd = results["BiKD", hard_loss, teacher]
+            difference = (bikd - results[method, hard_loss, teacher])[:, 0]
+            columns = f"{mean_and_deviation(difference):>14}"
+            print(f"{method:18}{hard_loss:18}{teacher:9}{columns}")
+    print(
+        "\nKD + meta images: plain KD with the meta set added to its training data. The weights of "
+        f"BiKD\nwith {ENTROPY}, by digit over time: {options.picture}"
+    )
+
+
+if __name__ == "__main__":
+    main()
