@@ -234,7 +234,7 @@ def _in_place_of(call: StudentCall, inputs: Any) -> tuple[tuple[Any, ...], dict[
                 f"a meta batch has the keys {list(inputs)}, expected also {left}, which the "
                 "student was called with: add them to the meta batches, or pass meta_forward=."
             )
-        return (), {**kwargs, **inputs}
+        return (), {**kwargs, **{k: _in_dtype_of(kwargs.get(k), v) for k, v in inputs.items()}}
     alike = Mapping if isinstance(inputs, Mapping) else Tensor
     places = [i for i, arg in enumerate(args) if isinstance(arg, alike)]
     named = [k for k, v in kwargs.items() if isinstance(v, alike) and k != "labels"]
@@ -245,7 +245,15 @@ def _in_place_of(call: StudentCall, inputs: Any) -> tuple[tuple[Any, ...], dict[
             "yield a mapping by argument name, or pass meta_forward=."
         )
     if places:
-        args[places[0]] = inputs
+        args[places[0]] = _in_dtype_of(args[places[0]], inputs)
     else:
-        kwargs[named[0]] = inputs
+        kwargs[named[0]] = _in_dtype_of(kwargs[named[0]], inputs)
     return tuple(args), kwargs
+
+
+def _in_dtype_of(replaced: Any, given: Any) -> Any:
+    """Casts as the loop did to its own batch, for students in another precision than the data."""
+    both = isinstance(replaced, Tensor) and isinstance(given, Tensor)
+    if both and replaced.is_floating_point() and given.is_floating_point():
+        return given.to(replaced.dtype)
+    return given

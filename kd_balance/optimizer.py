@@ -200,6 +200,9 @@ class BilevelOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._recorder.active and not self._has_gradients():
+            self._student_step(closure)  # of a batch that the loop gave up: nothing moves
+            return loss
         if not self._recorder.active:
             self._student_step(closure)
         else:
@@ -317,6 +320,9 @@ class BilevelOptimizer(Optimizer):
         in_reach = self._window_position >= self.every - self.unroll
         self._recorder.active = self._watching and in_reach
         self._gradient_watch.active = self._recorder.active
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for group in self.param_groups for p in group["params"])
 
     def _student_step(self, closure: Callable[[], Any] | None = None) -> None:
         if closure is not None and _needs_closure(self.optimizer):

@@ -282,3 +282,23 @@ def test_the_criterion_follows_a_student_that_moves_after_wrapping():
         setting.student(setting.run.inputs().to("meta"))
     assert {p.device.type for p in setting.criterion.parameters()} == {"meta"}
     assert optimizer.param_groups is setting.inner.param_groups
+
+
+def test_a_step_without_any_gradient_is_the_plain_one():
+    setting = Setting(every=2)
+    optimizer = setting.wrapped()
+    for gives_up in (False, True, False):
+        optimizer.zero_grad()
+        if not gives_up:
+            setting.loss().backward()
+        optimizer.step()
+    assert optimizer.metrics["meta_updates"] == 1
+
+
+def test_meta_inputs_get_the_precision_of_the_training_inputs():
+    setting = Setting(student=MLP().double())
+    optimizer = setting.wrapped()
+    inputs, teacher_logits, labels = setting.run.batches(1)[0]
+    setting.criterion(setting.student(inputs.double()), teacher_logits.double(), labels).backward()
+    optimizer.step()
+    assert optimizer.metrics["meta_updates"] == 1
