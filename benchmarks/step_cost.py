@@ -96,8 +96,8 @@ def _measure(
 
     for name in names:
         rows.setdefault(name, {}).setdefault("title", ROWS[name].title)
-    for name in lacking("relative_error"):
-        fill("relative_error", name, lambda: _errors(case, name))
+    for name in lacking("error"):
+        fill("error", name, lambda: _errors(case, name))
     if timed := [name for name in lacking("time") if name != "kd"]:
         print(f"  time: {', '.join(timed)}", file=sys.stderr)
         for name, found in times(case, timed, args.repeats, args.warmup).items():
@@ -107,18 +107,23 @@ def _measure(
         fill("memory", name, lambda: _memory(case, name, args.threads, args.memory_repeats))
 
 
-def _errors(case: Case, name: str) -> dict[str, Any] | None:
-    errors = hypergradient_errors(case, name)
-    return spread(errors) if errors else None
+def _errors(case: Case, name: str) -> dict[str, Any]:
+    """By the type computed in; empty for a row without hypergradient."""
+    errors = {
+        dtype: hypergradient_errors(replace(case, dtype=dtype), name)
+        for dtype in dict.fromkeys((case.dtype, "float64"))
+    }
+    return {dtype: spread(samples) for dtype, samples in errors.items() if samples}
 
 
 def _memory(case: Case, name: str, threads: int, repeats: int) -> dict[str, Any]:
-    children = [peak_memory(case, name, threads) for _ in range(repeats)]
-    return {
-        "over_import": spread([child["over_import"] for child in children]),
-        "built": spread([child["built"] for child in children]),
-        "parameters": children[0]["parameters"],
-    }
+    """Under the allocator's own settings and, on a CPU, with freed memory returned at once."""
+    memory: dict[str, Any] = {}
+    for kind in ("default", "returned") if case.device == "cpu" else ("default",):
+        children = [peak_memory(case, name, threads, kind) for _ in range(repeats)]
+        memory[kind] = spread([child["over_import"] for child in children])
+        memory["parameters"] = children[0]["parameters"]
+    return memory
 
 
 def _command(arguments: list[str] | None) -> str:

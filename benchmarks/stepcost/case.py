@@ -39,7 +39,8 @@ class Case:
     unroll: int = 1
     device: str = "cpu"
     dtype: str = "float32"
-    """bfloat16 runs the forward passes under autocast, the parameters staying float32."""
+    """bfloat16 runs the forward passes under autocast, the parameters staying float32; float64
+    computes everything in float64."""
 
     channels_last: bool = False
     """The memory format of images and convolution weights, for plain KD as for every other row."""
@@ -47,13 +48,14 @@ class Case:
     def student(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            student = MODELS[self.model].build(self.classes, self.parameters).to(self.device)
+            student = MODELS[self.model].build(self.classes, self.parameters)
+        student = student.to(self.device, self._storage)
         return student.to(memory_format=torch.channels_last) if self.channels_last else student
 
     def weight_net(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            return MetaWeightNet().to(self.device)
+            return MetaWeightNet().to(self.device, self._storage)
 
     def optimizer(self, student: nn.Module) -> Optimizer:
         return MODELS[self.model].optimizer(list(student.parameters()))
@@ -69,9 +71,16 @@ class Case:
             inputs = MODELS[self.model].inputs(count)
             targets = torch.randint(self.classes, (count,))
             logits = 3 * torch.randn(count, self.classes)
+        if inputs.is_floating_point():
+            inputs = inputs.to(self._storage)
         if self.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        logits = logits.to(self._storage)
         return Batch(*(t.to(self.device) for t in (inputs, targets, logits)))
+
+    @property
+    def _storage(self) -> torch.dtype:
+        return torch.float64 if self.dtype == "float64" else torch.float32
 
     def autocast(self) -> AbstractContextManager[None]:
         kind = torch.device(self.device).type

@@ -34,10 +34,10 @@ class Snapshot:
     def of(cls, student: nn.Module, optimizer: Optimizer, weight_net: nn.Module) -> Snapshot:
         (group,) = optimizer.param_groups
         by_position = optimizer.state_dict()["state"]
-        state = {
-            name: {k: v.detach().double() for k, v in by_position.get(i, {}).items()}
-            for i, (name, _) in enumerate(student.named_parameters())
-        }
+        names = [name for name, _ in student.named_parameters()]
+        state: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for i, slots in by_position.items():
+            state[names[i]] = {k: v.to(torch.float64, copy=True) for k, v in slots.items()}
         kind = type(getattr(optimizer, "optimizer", optimizer))
         return cls(_double(student), _double(weight_net), kind, dict(group), state)
 

@@ -98,11 +98,12 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def hypergradient_errors(case: Case, name: str) -> list[float]:
-    """Relative errors against float64 unrolling of the row's own step, on small fixed batches.
+    """Relative errors against float64 unrolling of the row's own step, on small batches.
 
     Each is taken at the step that ends a period, after a first period that warms up momentum and
-    moments. A ReLU whose input float32 rounds to the other side of zero makes an error of 1e-4 in
-    any of the rows now and then, which is why there are several. None with unroll > 1.
+    moments. In float32 a ReLU whose input rounds to the other side of zero makes an error of about
+    1e-4 in any of the rows; in float64 what the method leaves out shows alone. None with
+    unroll > 1.
     """
     small = replace(
         case, batch=min(case.batch, ERROR_BATCH), meta_batch=min(case.meta_batch, ERROR_BATCH)

@@ -6,6 +6,10 @@ prints one JSON object. On a CPU `over_import` is the highest resident set size 
 minus the resident set size after the imports and after student, weight net, optimizer and batches
 were built; so it holds gradients, optimizer state, activations and what the libraries allocate at
 their first use. On a GPU it is the caching allocator's peak minus what was allocated then.
+
+glibc keeps much of what is freed, in pieces that the next phase of a step may not fit into, so the
+resident set of one and the same step differs by tens of percent from run to run. "returned" has it
+give every block of more than 1 MiB back at once, which leaves what the step really holds.
 """
 
 from __future__ import annotations
@@ -27,18 +31,22 @@ from stepcost.rows import row
 
 STEPS = 4  # at least, and two periods
 STATUS = Path("/proc/self/status")
+ALLOCATORS = {"default": {}, "returned": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
 
 
-def peak_memory(case: Case, name: str, threads: int) -> dict[str, int]:
-    """Runs the child process of a row.
+def peak_memory(
+    case: Case, name: str, threads: int, allocator: str = "default"
+) -> dict[str, int]:
+    """Runs the child process of a row, with one of ALLOCATORS' settings in its environment.
 
     Raises:
         RuntimeError: with the last line of its errors, if it fails.
     """
     request = json.dumps({"row": name, "case": asdict(case), "threads": threads})
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     child = subprocess.run(
         [sys.executable, "-m", "stepcost.memory", request],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={**os.environ, **path, **ALLOCATORS[allocator]},
         capture_output=True,
         text=True,
     )

@@ -22,25 +22,29 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def _table(case: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
+    dtypes = list(dict.fromkeys((case["dtype"], "float64")))
     lines = [
         f"{title(case, rows)}; ratios to plain KD, medians (quartiles):",
         "",
-        "| training step | time | CPU time | peak memory | error of the hypergradient |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| training step | time | CPU time | peak memory | with freed memory returned at once "
+        f"| error of the hypergradient in {', '.join(dtypes)} |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in sorted(rows, key=list(ROWS).index):
         found = rows[name]
         if "failed" in found:
-            lines.append(f"| {found['title']} | {found['failed']} | | | |")
-        elif name == "kd":
-            lines.append(f"| {found['title']} | 1 | 1 | {_memory(found, rows)} | |")
-        else:
-            error = found["relative_error"] and found["relative_error"]["median"]
-            lines.append(
-                f"| {found['title']} | {_spread(found.get('time', {}).get('ratio'))} "
-                f"| {_spread(found.get('time', {}).get('cpu_ratio'))} "
-                f"| {_memory(found, rows)} | {'' if error is None else f'{error:.0e}'} |"
-            )
+            lines.append(f"| {found['title']} | {found['failed']} | | | | |")
+            continue
+        time = found.get("time", {})
+        errors = [found.get("error", {}).get(dtype) for dtype in dtypes]
+        cells = [
+            found["title"],
+            "1" if name == "kd" else _spread(time.get("ratio")),
+            "1" if name == "kd" else _spread(time.get("cpu_ratio")),
+            *(_memory(rows, name, kind) for kind in ("default", "returned")),
+            ", ".join(f"{error['median']:.0e}" for error in errors if error),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -56,20 +60,17 @@ def title(case: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def memory_ratio(found: dict[str, Any], rows: dict[str, dict[str, Any]]) -> float | None:
+def memory_ratio(rows: dict[str, dict[str, Any]], name: str, kind: str) -> float | None:
     """Peak memory over that of plain KD, what import and construction take being left out."""
-    if "memory" not in found or "memory" not in rows.get("kd", {}):
-        return None
-    return _over_import(found) / _over_import(rows["kd"])
+    own, base = (rows.get(row, {}).get("memory", {}).get(kind) for row in (name, "kd"))
+    return own["median"] / base["median"] if own and base else None
 
 
-def _over_import(found: dict[str, Any]) -> float:
-    return found["memory"]["over_import"]["median"]
-
-
-def _memory(found: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
-    ratio = memory_ratio(found, rows)
-    return "" if ratio is None else f"{ratio:.2f} ({_over_import(found) / MIB:.0f} MiB)"
+def _memory(rows: dict[str, dict[str, Any]], name: str, kind: str) -> str:
+    ratio = memory_ratio(rows, name, kind)
+    if ratio is None:
+        return ""
+    return f"{ratio:.2f} ({rows[name]['memory'][kind]['median'] / MIB:.0f} MiB)"
 
 
 def _spread(spread: dict[str, Any] | None) -> str:
@@ -94,7 +95,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
         rows = held["rows"]
         for name in sorted(rows, key=list(ROWS).index):
             found = rows[name]
-            memory = memory_ratio(found, rows)
+            memory = memory_ratio(rows, name, "returned") or memory_ratio(rows, name, "default")
             if memory is None or name == "kd" or "time" not in found:
                 continue
             ratio = found["time"]["ratio"]
@@ -117,7 +118,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
             )
         axis.plot(1, 1, "k*", markersize=10)
         axis.annotate("plain KD", (1, 1), xytext=(5, -12), textcoords="offset points", fontsize=8)
-        axis.set(xlabel="time / plain KD", ylabel="peak memory / plain KD")
+        returned = memory_ratio(rows, "kd", "returned") is not None
+        suffix = ", freed memory returned at once" if returned else ""
+        axis.set(xlabel="time / plain KD", ylabel=f"peak memory / plain KD{suffix}")
         axis.set_title(title(held["case"], rows), fontsize=8)
         axis.margins(0.2)
         axis.grid(alpha=0.3)
