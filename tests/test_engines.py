@@ -69,9 +69,17 @@ def test_engines_agree_in_float64(student, optimizer, warm, unroll):
 @pytest.mark.parametrize("unroll", [1, 3])
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("student", ["mlp", "conv", "transformer"])
+@pytest.mark.parametrize("student", STUDENTS)
 def test_engines_agree_in_float32(student, optimizer, warm, unroll):
     assert_engines_agree(student, optimizer, warm=warm, unroll=unroll, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_engines_agree_over_several_groups(optimizer, warm, unroll, dtype):
+    assert_engines_agree("mlp", optimizer, warm=warm, unroll=unroll, dtype=dtype, groups=True)
 
 
 @pytest.mark.parametrize("method", ["online", "lookahead", "paper"])
