@@ -203,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds is {options.seeds}, expected at least 1.")
+    torch.set_num_threads(1)  # for batches this small more threads take longer
     seeds, epochs = (1, 3) if options.quick else (options.seeds, EPOCHS)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
 
