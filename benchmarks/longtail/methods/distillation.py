@@ -181,8 +181,8 @@ class BalancedDivergences(Method):
     KL, which spreads it; any other gets it on the reverse KL.
 
     Source: Amara et al., "BD-KD: Balancing the Divergences for Online Knowledge Distillation",
-    2022, the student's loss, with a fixed teacher. That the larger weight is 2 is a choice made
-    here; the paper tunes it.
+    2022, the student's loss, with a fixed teacher. Written from the abstract's idea: that the
+    larger weight is 2, and which divergence gets it, are choices made here.
     """
 
     larger: ClassVar[float] = 2.0
