@@ -33,7 +33,7 @@ SWEEPS = {
     "params": ("parameters", (10**5, 10**6, 10**7, 10**8)),
     "classes": ("classes", (10, 1_000, 100_000)),
 }
-SWEEP_ROWS = {"unroll": ("kd", "online", "unroll")}
+SWEEP_ROWS = {"unroll": ("online", "unroll")}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,18 +54,24 @@ def main(arguments: list[str] | None = None) -> None:
         dtype=args.dtype,
         channels_last=args.channels_last,
     )
-    cases = [case]
+    cases, swept = [case], None
     if args.sweep:
-        field, values = SWEEPS[args.sweep]
-        cases = [replace(case, **{field: value}) for value in args.values or values]
-    names = args.rows or SWEEP_ROWS.get(args.sweep, tuple(ROWS))
+        swept, values = SWEEPS[args.sweep]
+        cases = [replace(case, **{swept: value}) for value in args.values or values]
+    # in a sweep only some rows, since at its large end all of them together do not fit in memory
+    names = args.rows or SWEEP_ROWS.get(args.sweep, ("online", "higher") if args.sweep else ROWS)
     names = tuple(dict.fromkeys(("kd", *names)))
     layout = "channels_last" if args.channels_last else None
     kinds = (args.model, args.sweep, args.device.split(":")[0], args.dtype, layout)
     stem = "-".join(filter(None, kinds))
     results = Results(
         args.out or FOLDER / f"{stem}.json",
-        {"device": args.device, "threads": args.threads, "repeats": args.repeats},
+        {
+            "device": args.device,
+            "threads": args.threads,
+            "repeats": args.repeats,
+            "swept": swept,
+        },
     )
     results.data["commands"].append(_command(arguments))
     for case in cases:
@@ -96,7 +102,7 @@ def _measure(
 
     for name in names:
         rows.setdefault(name, {}).setdefault("title", ROWS[name].title)
-    for name in lacking("error"):
+    for name in () if args.sweep else lacking("error"):
         fill("error", name, lambda: _errors(case, name))
     if timed := [name for name in lacking("time") if name != "kd"]:
         print(f"  time: {', '.join(timed)}", file=sys.stderr)

@@ -81,48 +81,91 @@ def _spread(spread: dict[str, Any] | None) -> str:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """Time ratio against memory ratio, a panel for each case."""
+    """Time against memory, a panel for each case; of a sweep, both against what is swept."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = data["cases"]
+    swept, cases = data["settings"].get("swept"), data["cases"]
+    panels = 2 if swept else len(cases)
     figure, axes = plt.subplots(
-        1, len(cases), figsize=(6.5 * len(cases), 5), squeeze=False, layout="constrained"
+        1, panels, figsize=(6.5 * panels, 5), squeeze=False, layout="constrained"
     )
-    for axis, held in zip(axes[0], cases):
-        rows = held["rows"]
-        for name in sorted(rows, key=list(ROWS).index):
-            found = rows[name]
-            memory = memory_ratio(rows, name, "returned") or memory_ratio(rows, name, "default")
-            if memory is None or name == "kd" or "time" not in found:
-                continue
-            ratio = found["time"]["ratio"]
-            low, high = ratio["quartiles"]
-            median = ratio["median"]
-            ours = "kd-balance" in found["title"]
-            axis.errorbar(
-                median,
-                memory,
-                xerr=[[median - low], [high - median]],
-                fmt="o" if ours else "s",
-                color="tab:blue" if ours else "tab:orange",
-            )
-            axis.annotate(
-                found["title"].removeprefix("kd-balance "),
-                (median, memory),
-                xytext=(5, 5),
-                textcoords="offset points",
-                fontsize=8,
-            )
-        axis.plot(1, 1, "k*", markersize=10)
-        axis.annotate("plain KD", (1, 1), xytext=(5, -12), textcoords="offset points", fontsize=8)
-        returned = memory_ratio(rows, "kd", "returned") is not None
-        suffix = ", freed memory returned at once" if returned else ""
-        axis.set(xlabel="time / plain KD", ylabel=f"peak memory / plain KD{suffix}")
-        axis.set_title(title(held["case"], rows), fontsize=8)
-        axis.margins(0.2)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    if swept:
+        _lines(axes[0], cases, swept)
+    else:
+        for axis, held in zip(axes[0], cases):
+            _scatter(axis, held["case"], held["rows"])
+    figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _kind(rows: dict[str, dict[str, Any]]) -> str:
+    """The allocator whose figures are drawn."""
+    return "default" if memory_ratio(rows, "kd", "returned") is None else "returned"
+
+
+def _lines(axes: Any, cases: list[dict[str, Any]], swept: str) -> None:
+    kind = _kind(cases[0]["rows"])
+    names = dict.fromkeys(name for held in cases for name in held["rows"] if name != "kd")
+    for name in sorted(names, key=list(ROWS).index):
+        times, memories = [], []
+        for held in cases:
+            rows, x = held["rows"], held["case"][swept]
+            if "time" in rows.get(name, {}):
+                ratio = rows[name]["time"]["ratio"]
+                times.append((x, ratio["median"], *ratio["quartiles"]))
+            if (memory := memory_ratio(rows, name, kind)) is not None:
+                memories.append((x, memory))
+        if times:
+            x, median, low, high = zip(*times)
+            (line,) = axes[0].plot(x, median, "o-", label=ROWS[name].title)
+            axes[0].fill_between(x, low, high, alpha=0.2, color=line.get_color())
+        if memories:
+            axes[1].plot(*zip(*memories), "o-", label=ROWS[name].title)
+    for axis, label in zip(axes, ("time", "peak memory")):
+        axis.set(xscale="log", xlabel=swept.replace("_", " "), ylabel=f"{label} / plain KD")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    sizes = {**cases[0]["case"], **({swept: "…"} if swept != "unroll" else {"unroll": 1})}
+    axes[0].set_title(title(sizes, {}), fontsize=8)
+
+
+def _scatter(axis: Any, case: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    kind = _kind(rows)
+    points = []
+    for name in sorted(rows, key=list(ROWS).index):
+        memory = memory_ratio(rows, name, kind)
+        if memory is not None and "time" in rows[name]:
+            ratio = rows[name]["time"]["ratio"]
+            points.append((memory, ratio["median"], *ratio["quartiles"], ROWS[name]))
+    points.append((1.0, 1.0, 1.0, 1.0, ROWS["kd"]))
+    axis.set_xlim(0.5, 1.5 * max(point[1] for point in points))
+    for memory, median, low, high, entry in points:
+        ours = entry.module == "ours"
+        axis.errorbar(
+            median,
+            memory,
+            xerr=[[median - low], [high - median]],
+            fmt="o" if ours else "s",
+            color="tab:blue" if ours else "tab:orange" if entry.module != "plain" else "black",
+        )
+    highest = max(point[0] for point in points)
+    free = -1.0
+    for memory, median, *_, entry in sorted(points, key=lambda point: point[:2]):
+        # names of points at nearly one height go above one another
+        free = max(memory, free + 0.035 * highest)
+        axis.annotate(
+            entry.title.removeprefix("kd-balance ").removeprefix("kd-balance, "),
+            (median, memory),
+            xytext=(median + 0.12, free),
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "gray"},
+        )
+    suffix = ", freed memory returned at once" if kind == "returned" else ""
+    axis.set(xlabel="time / plain KD", ylabel=f"peak memory / plain KD{suffix}")
+    axis.set_title(title(case, rows), fontsize=8)
+    axis.grid(alpha=0.3)
