@@ -6,7 +6,8 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from kd_balance.record import CriterionCall, Recorder
 from kd_balance.replay import replayable
 
 METHODS = ("online", "lookahead", "paper")
+
+_watching: WeakSet[BilevelOptimizer] = WeakSet()
 
 
 class BilevelOptimizer(Optimizer):
@@ -50,8 +53,8 @@ class BilevelOptimizer(Optimizer):
             `every`. For more than one, loss terms beside the criterion count as constants in the
             student's curvature.
         every: student steps for each hypergradient.
-        accumulate: hypergradients averaged before φ moves. The average stays in the ``.grad`` of
-            the weight net's parameters until the next window opens.
+        accumulate: hypergradients averaged before φ moves. The average then stays in the ``.grad``
+            of the weight net's parameters until the next one is begun.
         meta_loss: "hard" (cross entropy), "soft" (the criterion's soft loss), "mix" (their sum), or
             ``(student_logits, targets) -> scalar``.
         teacher: maps meta inputs to teacher logits, for "mix" and "soft".
@@ -130,17 +133,21 @@ class BilevelOptimizer(Optimizer):
         self._grad_scaler = grad_scaler
         self._weight_net = weight_net
         self._steps = 0
+        self._partial_average: list[Tensor] = []
         self._accumulated = 0
         self._window: list[InnerStep] = []
         self._tried = False
-        self._watching = True
+        self._superseded = False
         self._meta_updates = 0
         self._meta_loss = torch.tensor(float("nan"))
         self._hypergradient_norm = torch.tensor(float("nan"))
+        self._mean_weights = torch.full((2,), float("nan"))
         self._skipped = torch.zeros((), dtype=torch.long)
         self.__setstate__({})  # gives this optimizer its own step hooks
+        _supersede_wrapper_of(module)
         self._gradient_watch = GradientWatch(module, optimizer)
         self._recorder = Recorder(student, criterion, self._gradient_watch)
+        _watching.add(self)
         self._open_window()
 
     # what a torch optimizer is asked for, read and written through to the wrapped one
@@ -172,6 +179,12 @@ class BilevelOptimizer(Optimizer):
     def __repr__(self) -> str:
         return f"BilevelOptimizer(method={self.method!r}, every={self.every}, {self.optimizer!r})"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a BilevelOptimizer was to be copied or pickled, expected to stay with its student: "
+            "save its state_dict(), and wrap the copied student's own optimizer anew."
+        )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
@@ -195,7 +208,13 @@ class BilevelOptimizer(Optimizer):
         Raises:
             ValueError: no criterion result went through backward since the last step, the loss is
                 not finite, or the meta batch does not fit. The student is left as it was.
+            RuntimeError: the student has been wrapped anew since.
         """
+        if self._superseded:
+            raise RuntimeError(
+                "step() was called on a BilevelOptimizer whose student has been wrapped in another "
+                "one since, expected the newest: use that, or close() this one before wrapping."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -235,7 +254,7 @@ class BilevelOptimizer(Optimizer):
         """Stops watching student and criterion; the student's optimizer goes on by itself."""
         self._recorder.close()
         self._gradient_watch.close()
-        self._watching = False
+        _watching.discard(self)
         self._open_window()
 
     @property
@@ -243,17 +262,15 @@ class BilevelOptimizer(Optimizer):
         """What the last meta update saw; reading it waits for the device.
 
         ``meta_loss``, ``hypergradient_norm``, ``hard_weight`` and ``soft_weight`` (means over the
-        last batch; all nan before the first), ``meta_updates`` (steps of φ so far) and
+        step's batch; all nan before the first), ``meta_updates`` (steps of φ so far) and
         ``skipped_updates`` (hypergradients that were not finite and counted as zero).
         """
-        means = [float("nan")] * 2
-        if self.criterion.last_losses is not None:
-            means = self.criterion.weights.mean(0).tolist()
+        hard_weight, soft_weight = self._mean_weights.tolist()
         return {
             "meta_loss": self._meta_loss.item(),
             "hypergradient_norm": self._hypergradient_norm.item(),
-            "hard_weight": means[0],
-            "soft_weight": means[1],
+            "hard_weight": hard_weight,
+            "soft_weight": soft_weight,
             "meta_updates": float(self._meta_updates),
             "skipped_updates": float(self._skipped.item()),
         }
@@ -270,7 +287,6 @@ class BilevelOptimizer(Optimizer):
                 "run passes through the others only.",
                 stacklevel=2,
             )
-        gradients = [p.grad for p in self._weight_net.parameters()] if self._accumulated else None
         meta_state = {
             "weight_net": self._weight_net.state_dict(),
             "meta_optimizer": self.meta_optimizer.state_dict(),
@@ -279,7 +295,7 @@ class BilevelOptimizer(Optimizer):
             "meta_updates": self._meta_updates,
             "skipped_updates": self._skipped,
             "accumulated": self._accumulated,
-            "hypergradient": gradients,
+            "partial_average": self._partial_average,
         }
         return {**self.optimizer.state_dict(), "kd_balance": meta_state}
 
@@ -304,9 +320,8 @@ class BilevelOptimizer(Optimizer):
         self._meta_updates = meta_state["meta_updates"]
         self._skipped = meta_state["skipped_updates"]
         self._accumulated = meta_state["accumulated"]
-        if meta_state["hypergradient"] is not None:
-            for param, gradient in zip(self._weight_net.parameters(), meta_state["hypergradient"]):
-                param.grad = gradient.to(param)
+        like = zip(meta_state["partial_average"], self._weight_net.parameters())
+        self._partial_average = [part.to(param) for part, param in like]
         self._open_window()
 
     # the steps
@@ -318,7 +333,7 @@ class BilevelOptimizer(Optimizer):
     def _open_window(self) -> None:
         """Watches the coming step if the hypergradient will pass through it."""
         in_reach = self._window_position >= self.every - self.unroll
-        self._recorder.active = self._watching and in_reach
+        self._recorder.active = self in _watching and in_reach
         self._gradient_watch.active = self._recorder.active
 
     def _has_gradients(self) -> bool:
@@ -387,15 +402,19 @@ class BilevelOptimizer(Optimizer):
         finite = norm.isfinite()
         if self._accumulated == 0:
             self.meta_optimizer.zero_grad()
-        for param, gradient in zip(self._weight_net.parameters(), hypergradient, strict=True):
-            gradient = torch.where(finite, gradient, 0) / self.accumulate
-            param.grad = gradient if param.grad is None else param.grad + gradient
+        share = [torch.where(finite, gradient, 0) / self.accumulate for gradient in hypergradient]
+        average = self._partial_average or [torch.zeros_like(part) for part in share]
+        self._partial_average = [a + b for a, b in zip(average, share, strict=True)]
+        self._mean_weights = torch.cat([call.weights for call in steps[-1].calls]).mean(0)
         self._meta_loss, self._hypergradient_norm = loss, norm
         self._skipped = self._skipped.to(norm.device) + ~finite
         self._accumulated += 1
         if self._accumulated < self.accumulate:
             return False
+        for param, gradient in zip(self._weight_net.parameters(), self._partial_average):
+            param.grad = gradient
         self.meta_optimizer.step()
+        self._partial_average = []
         self._accumulated = 0
         self._meta_updates += 1
         return True
@@ -487,12 +506,30 @@ def _weight_net_of(criterion: WeightedKDLoss) -> nn.Module:
     return criterion.weight_net
 
 
+def _supersede_wrapper_of(student: nn.Module) -> None:
+    """Closes an older wrapper of the same student, as a second run of a loop leaves behind."""
+    for other in list(_watching):
+        if replayable(other.student) is student:
+            other.close()
+            other._superseded = True
+
+
 def _check_optimizer(optimizer: Optimizer, method: str) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer is {type(optimizer).__name__}, expected a torch.optim.Optimizer."
         )
-    if method != "paper" and not is_differentiable(optimizer):
+    within = getattr(optimizer, "optimizer", None)
+    differentiable = method == "paper" or is_differentiable(optimizer)
+    if isinstance(optimizer, BilevelOptimizer) or (
+        isinstance(within, Optimizer) and not differentiable
+    ):
+        raise ValueError(
+            f"optimizer is {type(optimizer).__name__} around {type(within).__name__}, expected the "
+            "innermost optimizer: wrap that one, and prepare or wrap the BilevelOptimizer "
+            "afterwards."
+        )
+    if not differentiable:
         names = ", ".join(kind.__name__ for kind in DIFFERENTIABLE)
         raise ValueError(
             f"optimizer is {type(optimizer).__name__}, whose step cannot be differentiated; "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
 from kd_balance.clipping import GradientWatch
 from kd_balance.hooks import WeakHook
@@ -23,6 +22,7 @@ class CriterionCall:
     """One call of the criterion on logits of a recorded student call."""
 
     student_call: StudentCall
+    logits_dtype: torch.dtype  # the loop may have cast what the student returned
     teacher_logits: Tensor
     targets: Tensor
     features: Tensor  # [N, F]
@@ -34,7 +34,7 @@ class CriterionCall:
 
     def losses(self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]) -> Tensor:
         """Per-sample losses [N, 2] of this call, replayed under other parameters."""
-        logits = self.student_call.replay(params)
+        logits = self.student_call.replay(params).to(self.logits_dtype)
         return criterion.losses(logits, self.teacher_logits, self.targets)
 
     def check_replay(self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]) -> None:
@@ -58,11 +58,19 @@ class CriterionCall:
             )
 
 
+@dataclass(eq=False)
+class _Kept:
+    """What an autograd graph keeps of a call, until a step empties it."""
+
+    call: Any
+
+
 class Recorder:
     """Watches the calls of student and criterion and keeps what a replay needs.
 
-    A student call is kept only while its output lives, a criterion call until it is taken or the
-    gradient that it contributed is cleared.
+    A student call is kept by the graph of its output, a criterion call by that of its result, so
+    what the loop drops is gone. From its backward pass until it is taken, or its gradient is
+    cleared, a criterion call is held here.
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class Recorder:
         self._criterion = criterion
         self._format = ReplayFormat(self._student)
         self._entered: StudentCall | None = None
-        self._outputs: list[tuple[list[TensorWeakRef | None], StudentCall]] = []
+        self._kept: WeakSet[_Kept] = WeakSet()
         self._calls: list[CriterionCall] = []
         self._in_backward = False
         self._handles = [
@@ -85,12 +93,16 @@ class Recorder:
 
     def take(self) -> list[CriterionCall]:
         """The calls whose results went through backward since the last time, forgetting all."""
-        calls, self._calls, self._outputs = self._calls, [], []
-        return [call for call in calls if call.upstream is not None]
+        for kept in self._kept:
+            kept.call = None
+        calls, self._calls = self._calls, []
+        return calls
 
     def gradients_cleared(self) -> None:
         """Forgets the calls whose gradients are gone."""
-        self._calls = [call for call in self._calls if call.upstream is None]
+        for call in self._calls:
+            call.upstream = None
+        self._calls = []
 
     def close(self) -> None:
         """Stops watching."""
@@ -117,12 +129,11 @@ class Recorder:
             return
         call, self._entered = self._entered, None
         call.draws_random_numbers = not call.random_state.cpu.equal(torch.get_rng_state())
-        leaves = [
-            TensorWeakRef(leaf) if isinstance(leaf, Tensor) else None
-            for leaf in leaves_of(output)
-        ]
-        living = [o for o in self._outputs if any(ref and ref() is not None for ref in o[0])]
-        self._outputs = [*living, (leaves, call)]
+        for index, leaf in enumerate(leaves_of(output)):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                node: Any = leaf.grad_fn
+                calls = node.metadata.setdefault(self, {})
+                calls[leaf.output_nr] = self._keep(replace(call, leaf=index))
 
     def _after_criterion(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
@@ -130,17 +141,25 @@ class Recorder:
         if not (self.active and loss.requires_grad):
             return
         self._gradients.follow()
-        call = self._criterion_call(loss.detach(), *args, **kwargs)
-        self._calls.append(call)
-        held = weakref.ref(call)
+        kept = self._keep(self._criterion_call(loss.detach(), *args, **kwargs))
 
         def remember(gradient: Tensor) -> None:
-            if (call := held()) is not None:
-                self._on_backward()
-                gradient = gradient.detach().clone()
-                call.upstream = gradient if call.upstream is None else call.upstream + gradient
+            if (call := kept.call) is None:
+                return  # a step has passed since the criterion was called
+            self._on_backward()
+            gradient = gradient.detach().clone()
+            if call.upstream is None:
+                call.upstream = gradient
+                self._calls.append(call)
+            else:
+                call.upstream = call.upstream + gradient
 
         loss.register_hook(remember)
+
+    def _keep(self, call: StudentCall | CriterionCall) -> _Kept:
+        kept = _Kept(call)
+        self._kept.add(kept)
+        return kept
 
     def _criterion_call(
         self, result: Tensor, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor
@@ -149,6 +168,7 @@ class Recorder:
         assert features is not None and losses is not None
         return CriterionCall(
             self._student_call_of(student_logits),
+            student_logits.dtype,
             teacher_logits.detach(),
             targets,
             features,
@@ -158,15 +178,21 @@ class Recorder:
         )
 
     def _student_call_of(self, logits: Tensor) -> StudentCall:
-        for leaves, call in reversed(self._outputs):
-            for index, ref in enumerate(leaves):
-                if ref is not None and ref() is logits:
-                    return replace(call, leaf=index)
+        """The call that returned these logits, cast to another dtype at most."""
+        node: Any = logits.grad_fn
+        output_nr = logits.output_nr
+        while node is not None:
+            kept = node.metadata.get(self, {}).get(output_nr)
+            if kept is not None and kept.call is not None and kept.call.device == logits.device:
+                return kept.call
+            if node.name() != "ToCopyBackward0":
+                break
+            node, output_nr = node.next_functions[0]
         raise ValueError(
             f"student_logits of shape {tuple(logits.shape)} are no tensor that the student "
             "returned since the last step, expected the student's own output: give the criterion "
-            "the very tensor the wrapped student returned, and move casts, slices and reshapes "
-            "into the student or into hard_loss and soft_loss."
+            "the very tensor the wrapped student returned, and move slices and reshapes into the "
+            "student or into hard_loss and soft_loss, or shift the labels instead."
         )
 
     def _on_backward(self) -> None:
@@ -175,7 +201,7 @@ class Recorder:
             return
         self._in_backward = True
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
-        if any(call.upstream is not None for call in self._calls) and self._gradients.cleared():
+        if self._calls and self._gradients.cleared():
             self.gradients_cleared()
 
     def _after_backward(self) -> None:

@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import gc
 import math
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -402,6 +404,35 @@ def test_a_constant_factor(steps):
         return lab.criterion(lab.called(inputs), teacher_logits, labels) / 4
 
     assert_differentiates(loop_of(losses, steps), steps=steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_logits_cast_before_the_criterion(steps):
+    def losses(lab, inputs, teacher_logits, labels):
+        return lab.criterion(lab.called(inputs).double(), teacher_logits, labels)
+
+    settings = {"unroll": steps, "every": steps}
+    lab, reference = (
+        trained(loop, wrapped=True, dtype=torch.float32, settings={**settings, **more})
+        for loop, more in ((loop_of(losses, steps), {}), (plain(steps), {"engine": "unroll"}))
+    )
+    assert lab.criterion.last_losses.dtype == torch.float64
+    assert relative_error([lab.hypergradient], [reference.hypergradient]) < 1e-4
+
+
+def test_losses_that_never_go_through_backward_are_not_kept():
+    """An evaluation that forgot torch.no_grad() holds no more memory than in the plain loop."""
+    lab = Lab()
+    lab.wrap()
+    inputs = [weakref.ref(inputs) for inputs in _evaluated(lab)]
+    gc.collect()
+    assert [ref() for ref in inputs] == [None] * 3
+
+
+def _evaluated(lab):
+    for inputs, teacher_logits, labels in lab.batches(3):
+        lab.criterion(lab.student(inputs), teacher_logits, labels)
+        yield inputs
 
 
 # reductions, class dimensions

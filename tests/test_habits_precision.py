@@ -49,6 +49,23 @@ def test_autocast(dtype, student, steps):
     assert_autocast(dtype, steps, **STUDENTS[student])
 
 
+@pytest.mark.parametrize("method", ["online", "lookahead"])
+def test_autocast_cast_back_by_the_loop(method):
+    """`student(x).float()`: the number of the same loop without the cast."""
+
+    def loop(lab):
+        for inputs, teacher_logits, labels in lab.batches(2):
+            lab.optimizer.zero_grad()
+            with torch.autocast(lab.device, dtype=torch.bfloat16):
+                logits = lab.called(inputs)
+            lab.criterion(logits.float(), teacher_logits, labels).backward()
+            lab.optimizer.step()
+
+    options = dict(wrapped=True, dtype=torch.float32, settings={"method": method})
+    lab, reference = (trained(each, **options) for each in (loop, autocast(torch.bfloat16, 2)))
+    assert relative_error([lab.hypergradient], [reference.hypergradient]) < 3e-2
+
+
 def assert_autocast(dtype, steps, **options):
     settings = {"unroll": steps, "every": steps}
     options = {"dtype": torch.float32, "wrapped": True, **options}

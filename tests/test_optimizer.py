@@ -1,5 +1,8 @@
 """BilevelOptimizer as a torch optimizer, what it counts, and what it refuses."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -194,31 +197,29 @@ def test_every_and_accumulate_decide_when_phi_moves():
 def test_accumulated_hypergradients_are_averaged():
     """With φ held still, the average over two windows is the mean of the two hypergradients."""
 
-    def gradients(accumulate, steps):
-        setting = Setting(
-            accumulate=accumulate,
-            criterion=WeightedKDLoss(fixed_net()),
-        )
-        setting.settings["meta_optimizer"] = torch.optim.SGD(
-            setting.criterion.weight_net.parameters(), lr=0.0
-        )
+    def gradients(accumulate):
+        torch.manual_seed(5)
+        criterion = WeightedKDLoss(MetaWeightNet(hidden=(4,)))
+        still = torch.optim.SGD(criterion.weight_net.parameters(), lr=0.0)
+        setting = Setting(criterion=criterion, meta_optimizer=still, accumulate=accumulate)
         optimizer = setting.wrapped()
         collected = []
-        for _ in range(steps):
+        for step in range(1, 5):
             optimizer.zero_grad()
             setting.loss().backward()
             optimizer.step()
-            collected.append([p.grad.clone() for p in setting.criterion.weight_net.parameters()])
+            gradients = [p.grad for p in criterion.weight_net.parameters()]
+            if step % accumulate == 0:
+                collected.append([gradient.clone() for gradient in gradients])
+            else:
+                assert gradients == [None] * len(gradients)
+                criterion.zero_grad()  # a module that holds the criterion clears its parameters
         return collected
 
-    def fixed_net():
-        torch.manual_seed(5)
-        return MetaWeightNet(hidden=(4,))
-
-    first, second = gradients(1, 2)
-    averaged = gradients(2, 2)[-1]
-    mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-    assert relative_error(averaged, mean) < 1e-6
+    single, averaged = gradients(1), gradients(2)
+    for average, pair in zip(averaged, (single[:2], single[2:]), strict=True):
+        mean = [(a + b) / 2 for a, b in zip(*pair, strict=True)]
+        assert relative_error(average, mean) < 1e-6
 
 
 def test_a_hypergradient_that_is_not_finite_counts_as_zero():
@@ -252,6 +253,41 @@ def test_paper_works_with_any_optimizer(optimizer):
     assert wrapped.metrics["meta_updates"] == 5
     assert relative_error(setting.student.parameters(), before) > 0
     assert losses[-1] < losses[0]
+
+
+def test_metrics_are_the_step_s_even_after_an_evaluation():
+    setting = Setting()
+    optimizer = setting.wrapped()
+    setting.loss().backward()
+    optimizer.step()
+    metrics = optimizer.metrics
+    with torch.no_grad():
+        setting.criterion(100 * torch.randn(2, CLASSES), torch.randn(2, CLASSES), torch.arange(2))
+    assert optimizer.metrics == metrics
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(copied):
+    with pytest.raises(TypeError, match="was to be copied or pickled") as error:
+        copied(Setting().wrapped())
+    assert_one_sentence(error)
+
+
+def test_wrapping_anew_ends_the_older_wrapper():
+    """As a second run of a notebook's cell does, or a framework that asks for optimizers twice."""
+    setting = Setting()
+    older = setting.wrapped()
+    hooks = len(setting.student._forward_hooks), len(setting.criterion._forward_hooks)
+    newer = setting.wrapped()
+    assert (len(setting.student._forward_hooks), len(setting.criterion._forward_hooks)) == hooks
+    setting.loss().backward()
+    before = [p.clone() for p in setting.student.parameters()]
+    with pytest.raises(RuntimeError, match="wrapped in another one since") as error:
+        older.step()
+    assert_one_sentence(error)
+    assert relative_error(setting.student.parameters(), before) == 0
+    newer.step()
+    assert newer.metrics["meta_updates"] == 1 and older.metrics["meta_updates"] == 0
 
 
 def test_after_close_the_optimizer_goes_on_alone():
