@@ -138,6 +138,7 @@ class BilevelOptimizer(Optimizer):
         self._window: list[InnerStep] = []
         self._tried = False
         self._superseded = False
+        self._warned = False
         self._meta_updates = 0
         self._meta_loss = torch.tensor(float("nan"))
         self._hypergradient_norm = torch.tensor(float("nan"))
@@ -206,8 +207,9 @@ class BilevelOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            ValueError: no criterion result went through backward since the last step, the loss is
-                not finite, or the meta batch does not fit. The student is left as it was.
+            ValueError: no criterion result went through backward before the first meta update (a
+                later step warns, and is the plain one), the loss is not finite, or the meta batch
+                does not fit. The student is left as it was.
             RuntimeError: the student has been wrapped anew since.
         """
         if self._superseded:
@@ -222,10 +224,12 @@ class BilevelOptimizer(Optimizer):
         if self._recorder.active and not self._has_gradients():
             self._student_step(closure)  # of a batch that the loop gave up: nothing moves
             return loss
+        calls = self._recorder.take()
         if not self._recorder.active:
             self._student_step(closure)
+        elif not calls and self._tried:
+            self._unrelated_step(closure)
         else:
-            calls = self._recorder.take()
             self._recorder.active = False
             at_end = self._window_position == self.every - 1
             self._names = _names_of(replayable(self.student))  # layers may have been replaced
@@ -345,6 +349,18 @@ class BilevelOptimizer(Optimizer):
         else:
             self.optimizer.step()
 
+    def _unrelated_step(self, closure: Callable[[], Any] | None) -> None:
+        """A step on gradients of other losses alone, in a run that knows the criterion."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "A step followed no backward pass of the criterion: it is the plain optimizer's, "
+                "and the weight net does not learn from it.",
+                stacklevel=4,
+            )
+        self._window.clear()
+        self._student_step(closure)
+
     def _recorded_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """A step in the middle of an unrolled window."""
         inner.update.freeze(grads=True, states=self._engine_name == "unroll")
@@ -442,7 +458,8 @@ class BilevelOptimizer(Optimizer):
             raise ValueError(
                 "step() was called and no result of the criterion went through backward() since "
                 "the last step, expected one: compute the loss with the criterion that this "
-                "optimizer was given, on the output of the student that it was given."
+                "optimizer was given, on the output of the student that it was given, and step "
+                "the wrapped optimizer itself in a warm-up without the criterion."
             )
         if self._grad_scaler is None:
             for call in calls:

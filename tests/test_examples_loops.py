@@ -1,4 +1,4 @@
-"""The plain-loop examples train, and the diffs in docs/drop_in.md are theirs."""
+"""The diffs in docs/drop_in.md are those of the examples, and the plain loops among them train."""
 
 import importlib.util
 import re
@@ -21,18 +21,27 @@ FIXED = {  # the plain program's mixture, (hard weight, soft weight)
     "repdistiller_loop": (1, 1),
     "mdistiller_module": (0.5, 0.5),
 }
+FRAMEWORKS = [
+    "huggingface_trainer",
+    "lightning_module",
+    "torchdistill/digits.yaml",
+    "accelerate_loop",
+]
 MARK = "  # kd-balance"
 
 pytest.importorskip("sklearn", reason="the examples' data are scikit-learn's")
 
 
+def file(name):
+    return f"examples/{name}" if "." in name else f"examples/{name}.py"
+
+
 def source(name):
-    return (ROOT / "examples" / f"{name}.py").read_text()
+    return (ROOT / file(name)).read_text()
 
 
 def example(name):
-    path = ROOT / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, ROOT / file(name))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -41,7 +50,7 @@ def example(name):
 def hunks(name):
     """The hunks of an example's diff in the docs, each a list of lines."""
     docs = (ROOT / "docs" / "drop_in.md").read_text()
-    section = docs.split(f"`examples/{name}.py`.\n", 1)[1]
+    section = docs.split(f"`{file(name)}`.", 1)[1]
     diff = re.search(r"```diff\n(.*?)```", section, flags=re.DOTALL)[1]
     return [hunk.splitlines()[1:] for hunk in re.split(r"^(?=@@)", diff, flags=re.MULTILINE)[1:]]
 
@@ -64,16 +73,18 @@ def plain_program(name):
     return module
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", LOOPS + FRAMEWORKS)
 def test_the_diff_in_the_docs_is_that_of_the_example(name):
     marked = [line for line in source(name).splitlines() if line.endswith(MARK)]
     added = [line[1:] for hunk in hunks(name) for line in hunk if line.startswith("+")]
     assert sorted(added) == sorted(marked)
-    assert 1 <= len(marked) <= 6
+    assert 1 <= len(marked) <= (6 if name in LOOPS else 8)
     plain = plain_source(name)
+    if file(name).endswith(".py"):
+        compile(plain, name, "exec")
     assert not any(word in plain for word in (MARK, "BilevelOptimizer", "WeightedKDLoss"))
     table = (ROOT / "docs" / "drop_in.md").read_text().split("\n\n")[1]
-    row = next(line for line in table.splitlines() if f"examples/{name}.py" in line)
+    row = next(line for line in table.splitlines() if file(name) in line)
     assert f"| [{len(marked)}](#" in row
 
 

@@ -134,6 +134,32 @@ def test_a_step_without_the_criterion_is_refused():
     assert relative_error(setting.student.parameters(), before) == 0
 
 
+def test_later_steps_on_other_losses_alone_are_plain():
+    """Warned of once; a window that such a step interrupts begins anew."""
+    students = []
+    for wrapped in (True, False):
+        setting = Setting(every=2, unroll=2)
+        still = torch.optim.SGD(setting.criterion.parameters(), lr=0.0)
+        setting.settings["meta_optimizer"] = still
+        optimizer = setting.wrapped() if wrapped else setting.inner
+        for other in (False, False, False, True, False, False):
+            optimizer.zero_grad()
+            loss = setting.loss()
+            if other:
+                loss = setting.student(torch.ones(5, 8)).square().sum()
+            loss.backward()
+            if other and wrapped:
+                with pytest.warns(UserWarning, match="followed no backward pass of the criterion"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        students.append(setting.student)
+        if wrapped:
+            assert optimizer.metrics["meta_updates"] == 2
+    wrapped, plain = students
+    assert relative_error(wrapped.parameters(), plain.parameters()) == 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_refused(value):
     setting = Setting()
