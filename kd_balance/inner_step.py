@@ -42,7 +42,7 @@ DIFFERENTIABLE: tuple[type[Optimizer], ...] = (
 
 _IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
 _COUNTERS = {"step", "mu_product"}  # state that is one number a parameter
-_CHUNK = 2**22  # elements whose update graph is alive at a time
+_CHUNK = 2**17  # elements whose update graph is alive at a time: few enough for the cache
 
 
 def is_differentiable(optimizer: Optimizer) -> bool:

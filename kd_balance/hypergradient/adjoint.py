@@ -20,7 +20,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from kd_balance.hypergradient.batch_norm import FusedBatchNorm
+from kd_balance.hypergradient.fused_rules import FusedRules
 from kd_balance.inner_step import InnerStep, Slots
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
@@ -121,7 +121,7 @@ def _forward_mode(
             param = param.detach().requires_grad_(with_curvature)
             tangent = direction.get(name)
             duals[name] = param if tangent is None else fwAD.make_dual(param, tangent)
-        with nullcontext() if with_curvature else FusedBatchNorm():
+        with nullcontext() if with_curvature else FusedRules():
             losses = call.losses(criterion, duals)
         if with_curvature:
             result = criterion.combine(losses, call.weights, call.targets)

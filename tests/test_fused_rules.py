@@ -1,0 +1,92 @@
+"""The fused forward-mode rules are torch's own, and only where they apply."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import nn
+
+from kd_balance.hypergradient.fused_rules import FusedRules
+from tests.students import relative_error
+
+
+def tangent(layer, fused, inputs, dtype=torch.float64, with_parameters=True):
+    generator = torch.Generator().manual_seed(1)
+
+    def dual(tensor):
+        direction = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        return fwAD.make_dual(tensor.detach(), direction)
+
+    with fwAD.dual_level(), torch.no_grad():
+        params = {n: dual(p) for n, p in layer.named_parameters()} if with_parameters else {}
+        arguments = (dual(inputs.to(dtype)),)
+        if fused:
+            with FusedRules():
+                output = torch.func.functional_call(layer, params, arguments)
+        else:
+            output = torch.func.functional_call(layer, params, arguments)
+        primal, tangent = fwAD.unpack_dual(output)
+        return [primal.clone(), tangent.clone()]
+
+
+@pytest.mark.parametrize("with_parameters", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), (6, 3, 4, 4), (2, 3, 2, 2, 2)])
+def test_batch_norm(shape, affine, training, with_parameters):
+    torch.manual_seed(0)
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    layer = kind[len(shape)](3, affine=affine).double().train(training)
+    inputs = 2 + 3 * torch.randn(shape)
+    actual = tangent(layer, True, inputs, with_parameters=with_parameters)
+    expected = tangent(layer, False, inputs, with_parameters=with_parameters)
+    assert relative_error(actual, expected) < 1e-12
+
+
+def test_batch_norm_of_half_precision_inputs_keeps_their_dtype():
+    torch.manual_seed(0)
+    layer, inputs = nn.BatchNorm2d(3), torch.randn(8, 3, 4, 4)
+    primal, actual = tangent(layer, True, inputs, torch.bfloat16)
+    expected = tangent(layer, False, inputs.bfloat16(), torch.float32)[1]
+    assert primal.dtype == actual.dtype == torch.bfloat16
+    assert relative_error([actual], [expected]) < 0.02
+
+
+CONVOLUTIONS = {
+    "plain": dict(kernel_size=3),
+    "no bias, stride, padding": dict(kernel_size=3, bias=False, stride=2, padding=1),
+    "padding by name, dilation, groups": dict(
+        kernel_size=3, padding="same", dilation=2, groups=2
+    ),
+    "reflected": dict(kernel_size=3, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("with_parameters", [True, False])
+@pytest.mark.parametrize("samples", [1, 7])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv2d(name, samples, with_parameters, monkeypatch):
+    """Several slices and a shorter last one; memory format included."""
+    monkeypatch.setattr("kd_balance.hypergradient.fused_rules._SLICE", 3 * 4 * 100)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 4, **CONVOLUTIONS[name]).double()
+    inputs = torch.randn(samples, 2, 12, 12).contiguous(memory_format=torch.channels_last)
+    actual, expected = (
+        tangent(layer, fused, inputs, with_parameters=with_parameters) for fused in (True, False)
+    )
+    assert relative_error(actual, expected) < 1e-12
+
+
+def test_conv2d_of_one_image_without_batch():
+    torch.manual_seed(0)
+    layer, inputs = nn.Conv2d(2, 4, 3).double(), torch.randn(2, 5, 5)
+    assert relative_error(tangent(layer, True, inputs), tangent(layer, False, inputs)) < 1e-12
+
+
+def test_conv2d_under_autocast():
+    torch.manual_seed(0)
+    layer, inputs = nn.Conv2d(2, 4, 3), torch.randn(5, 2, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        primal, actual = tangent(layer, True, inputs, torch.float32)
+    expected = tangent(layer, False, inputs, torch.float32)[1]
+    assert primal.dtype == actual.dtype == torch.bfloat16
+    assert relative_error([actual], [expected]) < 0.02
