@@ -207,7 +207,7 @@ def _statistics(params: list[Tensor]) -> Tensor:
     norms = torch.stack(torch._foreach_norm(gradients))
     if gradients[0].device.type == "cpu":  # where the norm below is slow
         largest = torch.stack(
-            [torch.stack(g.aminmax()).abs().max() if g.numel() else g.new_zeros(()) for g in gradients]
+            [torch.stack(g.aminmax()).abs().max() if g.numel() else g.sum() for g in gradients]
         )
     else:
         largest = torch.stack(torch._foreach_norm(gradients, float("inf")))
