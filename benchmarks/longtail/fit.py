@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_balance.teacher_bias import prior_bias
 from longtail.meta_batches import MetaBatches
 from longtail.methods import Method
 from longtail.protocol import Protocol
@@ -81,6 +82,10 @@ def fit(
     # The last, smaller batch is left out: all batches alike, and each epoch leaves out others.
     steps = len(samples) // protocol.batch_size
     scheduler = _schedule(sgd, protocol, epochs, steps)
+    if method.debiases and teacher_logits is not None:
+        on_meta = teacher_logits[:, task.meta].flatten(0, 1)
+        targets = task.targets[task.meta].repeat(len(teacher_logits))
+        teacher_logits = teacher_logits - prior_bias(on_meta, targets, task.counts)
     source = task.train if getattr(method, "meta_source", None) == "resampled" else task.meta
     meta = MetaBatches(
         task, source, teacher_logits, protocol.views, protocol.meta_batch_size, seed

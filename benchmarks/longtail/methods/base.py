@@ -24,6 +24,7 @@ class Method:
         cost: time of a run in units of a plain one, roughly, for the progress bar alone.
         start: share of the epochs after which :meth:`wrap` is called.
         criterion: the WeightedKDLoss with a weight net whose weights are to be recorded.
+        debiases: whether the teacher's logits lose their ``prior_bias``, found on the meta set.
     """
 
     uses_teacher: ClassVar[bool] = True
@@ -33,10 +34,11 @@ class Method:
     start: float = 0.0
     criterion: nn.Module | None = None
 
-    def __init__(self, task: Task, protocol: Protocol, seed: int) -> None:
+    def __init__(self, task: Task, protocol: Protocol, seed: int, *, debias: int = 0) -> None:
         self.task = task
         self.protocol = protocol
         self.seed = seed
+        self.debiases = bool(debias)
 
     @property
     def counts(self) -> Tensor:

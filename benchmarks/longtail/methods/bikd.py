@@ -30,7 +30,9 @@ class BiKD(Method):
         start: share of the epochs with both weights one half, before the weight net takes over.
         every, unroll, accumulate, meta_loss: of BilevelOptimizer.
         meta_lr: rate of the weight net's Adam.
-        features: of MetaWeightNet, joined by "+".
+        features: of MetaWeightNet, joined by "+"; "frequency" is the log frequency of the label.
+        with_meta: 1 for the meta set in the training set too.
+        debias: 1 for a teacher without its ``prior_bias``.
     """
 
     def __init__(
@@ -50,8 +52,11 @@ class BiKD(Method):
         meta_loss: str | None = None,
         meta_lr: float = 1e-3,
         features: str = "student_ce+teacher_ce",
+        with_meta: int = 0,
+        debias: int = 0,
     ) -> None:
-        super().__init__(task, protocol, seed)
+        super().__init__(task, protocol, seed, debias=debias)
+        self.trains_on_meta = bool(with_meta)
         few_classes = task.num_classes <= 10
         as_authors = method == "paper" and soft == "kl"
         self.start = start
@@ -66,15 +71,18 @@ class BiKD(Method):
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            log_frequency = (self.counts / self.counts.sum()).log().to(task.device)
+            own = {"frequency": lambda student, teacher, targets: log_frequency[targets]}
             self.weight_net = MetaWeightNet(
-                tuple(features.split("+")), hidden=(64,) if few_classes else (64, 64)
+                tuple(own.get(name, name) for name in features.split("+")),
+                hidden=(64,) if few_classes else (64, 64),
             )
         self._meta_optimizer = torch.optim.Adam(
             self.weight_net.parameters(), lr=meta_lr, weight_decay=1e-4
         )
         losses = {
             "temperature": protocol.temperature,
-            "hard_loss": BalancedSoftmax(task.counts) if hard == "bs" else None,
+            "hard_loss": BalancedSoftmax(self.counts) if hard == "bs" else None,
             "soft_loss": DecoupledKD(temperature=protocol.temperature) if soft == "dkd" else None,
         }
         self._plain = WeightedKDLoss(None, **losses)

@@ -28,8 +28,8 @@ class KD(Method):
     derived = ("logit-adjustment", "retrain")
     alpha: ClassVar[float] = 0.5
 
-    def __init__(self, task: Task, protocol: Protocol, seed: int) -> None:
-        super().__init__(task, protocol, seed)
+    def __init__(self, task: Task, protocol: Protocol, seed: int, **options: int) -> None:
+        super().__init__(task, protocol, seed, **options)
         self._loss = WeightedKDLoss(temperature=protocol.temperature, alpha=self.alpha)
 
     def loss(
@@ -76,8 +76,8 @@ class KDChosen(KD):
 class BalancedSoftmaxKD(Method):
     """KD whose hard loss is balanced softmax (Ren et al. 2020, eq. 4)."""
 
-    def __init__(self, task: Task, protocol: Protocol, seed: int) -> None:
-        super().__init__(task, protocol, seed)
+    def __init__(self, task: Task, protocol: Protocol, seed: int, **options: int) -> None:
+        super().__init__(task, protocol, seed, **options)
         hard = BalancedSoftmax(self.counts)
         self._loss = WeightedKDLoss(temperature=protocol.temperature, hard_loss=hard)
 
@@ -100,8 +100,8 @@ class DKD(Method):
     (20 of 240 epochs) as its authors set them for resnet32x4 and resnet8x4.
     """
 
-    def __init__(self, task: Task, protocol: Protocol, seed: int) -> None:
-        super().__init__(task, protocol, seed)
+    def __init__(self, task: Task, protocol: Protocol, seed: int, **options: int) -> None:
+        super().__init__(task, protocol, seed, **options)
         self._soft = DecoupledKD(1.0, 8.0, protocol.temperature)
 
     def loss(
@@ -119,8 +119,8 @@ class BalancedKD(Method):
     there are 10 classes, and used throughout where there are more.
     """
 
-    def __init__(self, task: Task, protocol: Protocol, seed: int) -> None:
-        super().__init__(task, protocol, seed)
+    def __init__(self, task: Task, protocol: Protocol, seed: int, **options: int) -> None:
+        super().__init__(task, protocol, seed, **options)
         self._balanced = WeightedKDLoss(alpha=(1, 1), soft_loss=BalancedKL(task.counts, 2.0))
         self._plain = WeightedKDLoss(alpha=(1, 1), temperature=2.0)
 
@@ -140,8 +140,8 @@ class DiVE(Method):
     teacher is trained with balanced softmax, the debiased one here.
     """
 
-    def __init__(self, task: Task, protocol: Protocol, seed: int) -> None:
-        super().__init__(task, protocol, seed)
+    def __init__(self, task: Task, protocol: Protocol, seed: int, **options: int) -> None:
+        super().__init__(task, protocol, seed, **options)
         soft = FlattenedKL(protocol.temperature, power=0.5)
         self._loss = WeightedKDLoss(hard_loss=BalancedSoftmax(task.counts), soft_loss=soft)
 

@@ -1,0 +1,64 @@
+"""How much of a teacher's logits is the frequency of its training classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_LARGEST = 4.0  # of the strength, either way
+_HALVINGS = 50
+
+
+def prior_bias(
+    teacher_logits: Tensor, targets: Tensor, class_counts: Tensor | Sequence[int]
+) -> Tensor:
+    """What to subtract from a teacher's logits so that it favours no class for being frequent.
+
+    The bias is τ · log(class frequency), τ being the number for which the shifted teacher's cross
+    entropy on a class-balanced set is least: about 1 for a teacher trained with cross entropy, 0
+    for one that is balanced already. So it needs no knowledge of how the teacher was trained.
+
+    Args:
+        teacher_logits: [N, C], the teacher's logits on a class-balanced set that it was not
+            trained on, such as the meta set.
+        targets: class indices [N].
+        class_counts: samples of each class [C] in the teacher's training set, each above 0.
+
+    Returns:
+        [C], like `teacher_logits`.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a class without samples.
+
+    Example::
+
+        bias = prior_bias(teacher(meta_inputs), meta_targets, class_counts(train_targets))
+        for inputs, targets in loader:
+            loss = criterion(student(inputs), teacher(inputs) - bias, targets)
+
+    Source: the shift is the logit adjustment of Menon et al., "Long-Tail Learning via Logit
+    Adjustment", 2021, eq. 9; fitting its strength on the meta set is this package's.
+    """
+    counts = torch.as_tensor(class_counts, dtype=torch.float64, device=teacher_logits.device)
+    classes = teacher_logits.shape[-1]
+    if teacher_logits.shape != (*targets.shape, classes) or targets.dim() != 1 or not len(targets):
+        raise ValueError(
+            f"teacher_logits have shape {tuple(teacher_logits.shape)} and targets "
+            f"{tuple(targets.shape)}, expected [N, C] and class indices [N]."
+        )
+    if counts.shape != (classes,) or not (counts > 0).all():
+        raise ValueError(
+            f"class_counts are {counts.tolist()}, expected {classes} numbers above 0, one for each "
+            "class of the teacher."
+        )
+    log_prior = (counts / counts.sum()).log()
+    logits = teacher_logits.detach().double()
+    low, high = -_LARGEST, _LARGEST
+    for _ in range(_HALVINGS):  # the cross entropy is convex in τ: look where its slope turns
+        middle = (low + high) / 2
+        predicted = (logits - middle * log_prior).softmax(1)
+        slope = (log_prior[targets] - predicted @ log_prior).mean()
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return (middle * log_prior).to(teacher_logits.dtype)
