@@ -86,12 +86,13 @@ def _cost_and_accuracy(
     methods: dict[str, list[Record]], group: Group, split: str, path: Path
 ) -> Path:
     figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharex=True)
+    unit = cost(methods["kd"]) if "kd" in methods else 1.0
     for axes, column in zip(panels, ("overall", "few")):
         points = []
         for method, rows in methods.items():
             values = [row[split][column] for row in rows]
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            x, y = cost(rows), statistics.fmean(values)
+            x, y = cost(rows) / unit, statistics.fmean(values)
             colour = "tab:red" if "bikd" in method else "tab:blue"
             axes.errorbar(x, y, deviation, fmt="o", color=colour, markersize=4, alpha=0.7)
             points.append((x, y, method))
@@ -101,7 +102,7 @@ def _cost_and_accuracy(
             formatter("{x:g}")
         axes.tick_params(axis="x", which="both", labelsize=7)
         _label(axes, points)
-        axes.set_xlabel("seconds of a run")
+        axes.set_xlabel("training time, KD = 1" if "kd" in methods else "seconds of a run")
         axes.set_ylabel(f"{split} accuracy, {column} (%)")
         axes.grid(alpha=0.3, which="both")
     figure.suptitle(f"{_title(group)}: cost and accuracy (BiKD in red)")
