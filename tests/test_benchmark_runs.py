@@ -93,6 +93,26 @@ def test_the_teachers_logits_are_those_of_the_very_views_the_student_sees(task, 
     assert len(calls) == 3 * ((len(pool)) // 20) and calls[-1] == 1
 
 
+@pytest.mark.parametrize("name", ["bs+kd", "bikd-online"])
+def test_a_teacher_s_class_bias_is_taken_away_on_demand(name, task, protocol, teacher_logits):
+    """Every method with the option then sees what a teacher without that bias would have said."""
+    log_prior = (task.counts / task.counts.sum()).log()
+    results = [
+        trained(make_method(spec, task, protocol, seed=0), teacher_logits + shift)[0]
+        for spec, shift in ((f"{name}:debias=1", 0), (f"{name}:debias=1", log_prior), (name, 0))
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+    assert (results[0] - results[2]).abs().max() > 1e-2
+
+
+def test_the_meta_set_can_be_trained_on_too(task, protocol):
+    method = make_method("bikd-online:with_meta=1,features=student_ce+frequency", task, protocol, 0)
+    assert method.trains_on_meta and (method.counts - task.counts).tolist() == [4] * 4
+    (column,) = [f for f in method.weight_net.features if callable(f)]
+    expected = (method.counts / method.counts.sum()).log()
+    torch.testing.assert_close(column(None, None, torch.arange(4)), expected)
+
+
 def test_balanced_softmax_knows_whether_the_meta_set_joins(task, protocol):
     without = make_method("bs+kd", task, protocol, seed=0)
     joined = make_method("bs+kd+meta", task, protocol, seed=0)

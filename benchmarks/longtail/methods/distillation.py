@@ -157,7 +157,8 @@ class WeightedSoftLabels(Method):
     h is the cross entropy with the label, of student and teacher, without gradient.
 
     Source: Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance
-    Tradeoff Perspective", 2021, eq. 9 and 10.
+    Tradeoff Perspective", 2021, eq. 9 and 10; the factor 2.5 is that of the authors' program, for
+    temperature 2.
     """
 
     strength: ClassVar[float] = 2.5
