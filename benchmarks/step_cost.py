@@ -104,11 +104,9 @@ def _measure(
         rows.setdefault(name, {}).setdefault("title", ROWS[name].title)
     for name in () if args.sweep else lacking("error"):
         fill("error", name, lambda: _errors(case, name))
-    if timed := [name for name in lacking("time") if name != "kd"]:
-        print(f"  time: {', '.join(timed)}", file=sys.stderr)
-        for name, found in times(case, timed, args.repeats, args.warmup).items():
-            rows[name]["time"] = found
-        results.write()
+    for name in lacking("time"):
+        if name != "kd":
+            fill("time", name, lambda: times(case, name, args.threads, args.repeats, args.warmup))
     for name in lacking("memory"):
         fill("memory", name, lambda: _memory(case, name, args.threads, args.memory_repeats))
 

@@ -11,7 +11,7 @@ from tests import benchmark_path  # noqa: F401  the benchmarks' package
 import step_cost
 from stepcost.case import Case
 from stepcost.exact import Snapshot, hypergradient, relative_error
-from stepcost.measure import hypergradient_errors, spread, times
+from stepcost.measure import FEWEST, hypergradient_errors, in_turns, spread, times
 from stepcost.memory import peak_memory
 from stepcost.models import MODELS, Encoder, ViT
 from stepcost.rows import ROWS, row
@@ -89,12 +89,18 @@ def test_bfloat16_and_channels_last_reach_the_student():
 
 
 def test_times_are_ratios_of_whole_periods():
-    found = times(TINY, ("online", "online_5"), rounds=2, warmup=0)
-    for of in found.values():
+    for name in ("online", "online_5"):
+        of = in_turns(TINY, name, rounds=FEWEST, warmup=1)
         samples = (of[key]["samples"] for key in ("seconds", "kd_seconds", "ratio"))
         for own, base, ratio in zip(*samples):
             assert ratio == pytest.approx(own / base, rel=1e-3)
-    assert len(found["online"]["ratio"]["samples"]) == 2
+        assert len(of["ratio"]["samples"]) == FEWEST
+
+
+def test_times_are_taken_in_a_child_process():
+    assert times(TINY, "no_meta", threads=1, rounds=1, warmup=0)["ratio"]["median"] > 0
+    with pytest.raises(RuntimeError, match="KeyError: 'no such row'"):
+        times(TINY, "no such row", threads=1, rounds=1, warmup=0)
 
 
 def test_spread_of_known_numbers():
@@ -119,13 +125,16 @@ def test_memory_of_a_failing_row_says_why():
 
 
 @pytest.fixture
-def fixed_memory(monkeypatch):
-    """Memory without child processes, which import torch each."""
+def no_children(monkeypatch):
+    """Times and memory without child processes, which import torch each."""
     found = {"over_import": 2**20, "parameters": 20_000}
     monkeypatch.setattr(step_cost, "peak_memory", lambda *_: found)
+    monkeypatch.setattr(
+        step_cost, "times", lambda case, name, threads, *rest: in_turns(case, name, *rest)
+    )
 
 
-def test_a_run_writes_resumes_and_never_mixes_settings(tmp_path, capsys, fixed_memory):
+def test_a_run_writes_resumes_and_never_mixes_settings(tmp_path, capsys, no_children):
     out = tmp_path / "cost.json"
     options = ["--model", "mlp", "--params", "20000", "--batch", "6", "--classes", "4"]
     options += ["--repeats", "2", "--warmup", "0", "--memory-repeats", "1", "--out", str(out)]
@@ -142,7 +151,7 @@ def test_a_run_writes_resumes_and_never_mixes_settings(tmp_path, capsys, fixed_m
         step_cost.main([*options, "--repeats", "3"])
 
 
-def test_a_row_that_cannot_run_says_why(tmp_path, monkeypatch, fixed_memory):
+def test_a_row_that_cannot_run_says_why(tmp_path, monkeypatch, no_children):
     def refuse(case, name):
         raise ImportError("no betty here")
 
@@ -154,7 +163,7 @@ def test_a_row_that_cannot_run_says_why(tmp_path, monkeypatch, fixed_memory):
 
 
 @pytest.mark.parametrize("field", ["batch", "classes"])
-def test_sweeps_make_a_case_of_every_value(tmp_path, field, fixed_memory):
+def test_sweeps_make_a_case_of_every_value(tmp_path, field, no_children):
     options = ["--model", "mlp", "--params", "20000", "--batch", "6", "--repeats", "2"]
     options += ["--warmup", "0", "--memory-repeats", "1", "--rows", "kd"]
     out = tmp_path / "cost.json"
@@ -167,5 +176,5 @@ def test_sweeps_make_a_case_of_every_value(tmp_path, field, fixed_memory):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_times_and_memory_on_a_gpu():
     case = replace(TINY, device="cuda")
-    assert times(case, ("online",), rounds=2, warmup=1)["online"]["ratio"]["median"] > 0
+    assert times(case, "online", threads=1, rounds=2, warmup=1)["ratio"]["median"] > 0
     assert peak_memory(case, "online", threads=1)["over_import"] > 0

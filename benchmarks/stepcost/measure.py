@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stepcost.case import Batch, Case
+from stepcost.child import measured_alone, serve
 from stepcost.exact import Snapshot, hypergradient, relative_error
 from stepcost.rows import row
 from stepcost.rows.base import Row
@@ -44,33 +44,36 @@ def timed_step(of: Row, train: Batch, meta: Batch) -> Seconds:
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def times(case: Case, names: Sequence[str], rounds: int, warmup: int) -> dict[str, dict[str, Any]]:
-    """Time per step of every row, as ratios to plain KD's.
+def times(
+    case: Case, name: str, threads: int, rounds: int, warmup: int
+) -> dict[str, dict[str, Any]]:
+    """:func:`in_turns` in a process of its own.
 
-    In every round each row, in a new order, takes all the steps of its period, and before each of
-    these plain KD takes one. A sample is the mean step of a period over the mean of its KD steps.
-    Rows of long periods sit out rounds, since a sample of theirs is a mean of many steps.
+    Raises:
+        RuntimeError: with the last line of its errors, if it fails.
     """
-    plain = row("kd")(case)
-    rows = {name: row(name)(case) for name in names}
+    return measured_alone(
+        "stepcost.measure", case, threads, name=name, rounds=rounds, warmup=warmup
+    )
+
+
+def in_turns(case: Case, name: str, rounds: int, warmup: int) -> dict[str, dict[str, Any]]:
+    """Time per step of a row, as ratios to plain KD's, which takes a step before each of the row's.
+
+    A sample is the mean step of a period over the mean of its KD steps. Of long periods fewer
+    samples are taken, each being a mean of many steps.
+    """
+    plain, of = row("kd")(case), row(name)(case)
     pairs = [(case.draw(i), case.draw(i, meta=True)) for i in range(BATCHES)]
-    samples: dict[str, list[tuple[Seconds, Seconds]]] = {name: [] for name in names}
-    order = list(names)
-    shuffle = random.Random(0).shuffle
-    for count in range(warmup + rounds):
-        shuffle(order)
-        for name in order:
-            of = rows[name]
-            if len(samples[name]) >= max(FEWEST, 2 * rounds // of.period):
-                continue
-            own, base = [], []
-            for i in range(of.period):
-                pair = pairs[i % BATCHES]
-                base.append(timed_step(plain, *pair))
-                own.append(timed_step(of, *pair))
-            if count >= warmup:
-                samples[name].append((_mean(own), _mean(base)))
-    return {name: _ratios(pairs) for name, pairs in samples.items()}
+    samples = []
+    for _ in range(warmup + max(FEWEST, min(rounds, 2 * rounds // of.period))):
+        own, base = [], []
+        for i in range(of.period):
+            pair = pairs[i % BATCHES]
+            base.append(timed_step(plain, *pair))
+            own.append(timed_step(of, *pair))
+        samples.append((_mean(own), _mean(base)))
+    return _ratios(samples[warmup:])
 
 
 def _mean(steps: Sequence[Seconds]) -> Seconds:
@@ -123,3 +126,7 @@ def hypergradient_errors(case: Case, name: str) -> list[float]:
             exact = hypergradient(kind.definition, before, train, meta)
             errors.append(relative_error(of.hypergradient(), exact))
     return errors
+
+
+if __name__ == "__main__":
+    serve(in_turns)

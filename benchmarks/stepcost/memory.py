@@ -1,8 +1,6 @@
 """Peak memory of a training step, each row in a process of its own.
 
-    python -m stepcost.memory '{"row": "online", "case": {…}, "threads": 1}'
-
-prints one JSON object. On a CPU `over_import` is the highest resident set size during the steps
+On a CPU `over_import` is the highest resident set size during the steps
 minus the resident set size after the imports and after student, weight net, optimizer and batches
 were built; so it holds gradients, optimizer state, activations and what the libraries allocate at
 their first use. On a GPU it is the caching allocator's peak minus what was allocated then.
@@ -15,18 +13,14 @@ give every block of more than 1 MiB back at once, which leaves what the step rea
 from __future__ import annotations
 
 import gc
-import json
-import os
 import resource
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from stepcost.case import Case
+from stepcost.child import measured_alone, serve
 from stepcost.rows import row
 
 STEPS = 4  # at least, and two periods
@@ -37,23 +31,12 @@ ALLOCATORS = {"default": {}, "returned": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
 def peak_memory(
     case: Case, name: str, threads: int, allocator: str = "default"
 ) -> dict[str, int]:
-    """Runs the child process of a row, with one of ALLOCATORS' settings in its environment.
+    """Bytes at the peak and before, with one of ALLOCATORS' settings in the child's environment.
 
     Raises:
         RuntimeError: with the last line of its errors, if it fails.
     """
-    request = json.dumps({"row": name, "case": asdict(case), "threads": threads})
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    child = subprocess.run(
-        [sys.executable, "-m", "stepcost.memory", request],
-        env={**os.environ, **path, **ALLOCATORS[allocator]},
-        capture_output=True,
-        text=True,
-    )
-    if child.returncode:
-        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        raise RuntimeError(lines[-1])
-    return json.loads(child.stdout.splitlines()[-1])
+    return measured_alone("stepcost.memory", case, threads, ALLOCATORS[allocator], name=name)
 
 
 def _measure(case: Case, name: str) -> dict[str, int]:
@@ -95,11 +78,5 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main() -> None:
-    request: dict[str, Any] = json.loads(sys.argv[1])
-    torch.set_num_threads(request["threads"])
-    print(json.dumps(_measure(Case(**request["case"]), request["row"])))
-
-
 if __name__ == "__main__":
-    main()
+    serve(_measure)
