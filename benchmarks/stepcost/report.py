@@ -81,22 +81,22 @@ def _spread(spread: dict[str, Any] | None) -> str:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """Time against memory, a panel for each case; of a sweep, both against what is swept."""
+    """Time and memory of every row, a line of panels for each case; of a sweep, over its values."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     swept, cases = data["settings"].get("swept"), data["cases"]
-    panels = 2 if swept else len(cases)
-    figure, axes = plt.subplots(
-        1, panels, figsize=(6.5 * panels, 5), squeeze=False, layout="constrained"
-    )
+    lines = 1 if swept else len(cases)
+    most = max(len(held["rows"]) for held in cases)
+    size = (11, 4.5) if swept else (11, lines * (1.2 + 0.32 * most))
+    figure, axes = plt.subplots(lines, 2, figsize=size, squeeze=False, layout="constrained")
     if swept:
         _lines(axes[0], cases, swept)
     else:
-        for axis, held in zip(axes[0], cases):
-            _scatter(axis, held["case"], held["rows"])
+        for pair, held in zip(axes, cases):
+            _bars(pair, held["case"], held["rows"])
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -128,44 +128,37 @@ def _lines(axes: Any, cases: list[dict[str, Any]], swept: str) -> None:
         axis.set(xscale="log", xlabel=swept.replace("_", " "), ylabel=f"{label} / plain KD")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     sizes = {**cases[0]["case"], **({swept: "…"} if swept != "unroll" else {"unroll": 1})}
     axes[0].set_title(title(sizes, {}), fontsize=8)
 
 
-def _scatter(axis: Any, case: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+def _bars(axes: Any, case: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     kind = _kind(rows)
-    points = []
-    for name in sorted(rows, key=list(ROWS).index):
-        memory = memory_ratio(rows, name, kind)
-        if memory is not None and "time" in rows[name]:
-            ratio = rows[name]["time"]["ratio"]
-            points.append((memory, ratio["median"], *ratio["quartiles"], ROWS[name]))
-    points.append((1.0, 1.0, 1.0, 1.0, ROWS["kd"]))
-    axis.set_xlim(0.5, 1.5 * max(point[1] for point in points))
-    for memory, median, low, high, entry in points:
-        ours = entry.module == "ours"
-        axis.errorbar(
-            median,
-            memory,
-            xerr=[[median - low], [high - median]],
-            fmt="o" if ours else "s",
-            color="tab:blue" if ours else "tab:orange" if entry.module != "plain" else "black",
-        )
-    highest = max(point[0] for point in points)
-    free = -1.0
-    for memory, median, *_, entry in sorted(points, key=lambda point: point[:2]):
-        # names of points at nearly one height go above one another
-        free = max(memory, free + 0.035 * highest)
-        axis.annotate(
-            entry.title.removeprefix("kd-balance ").removeprefix("kd-balance, "),
-            (median, memory),
-            xytext=(median + 0.12, free),
-            fontsize=8,
-            va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "gray"},
-        )
+    names = [name for name in sorted(rows, key=list(ROWS).index) if "failed" not in rows[name]]
+    colours = [
+        {"ours": "tab:blue", "plain": "black"}.get(ROWS[name].module, "tab:orange")
+        for name in names
+    ]
+    alone = {"median": 1.0, "quartiles": (1.0, 1.0)}
+    times = [rows[name].get("time", {}).get("ratio", alone) for name in names]
+    medians = [time["median"] for time in times]
+    errors = [
+        [time["median"] - time["quartiles"][0] for time in times],
+        [time["quartiles"][1] - time["median"] for time in times],
+    ]
+    memories = [memory_ratio(rows, name, kind) or 0.0 for name in names]
+    titles = [ROWS[name].title for name in names]
+    for axis, values, spread in ((axes[0], medians, errors), (axes[1], memories, None)):
+        bars = axis.barh(titles, values, xerr=spread, color=colours, alpha=0.8, ecolor="gray")
+        axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=4, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.15 * max(values))
+        axis.grid(alpha=0.3, axis="x")
+        axis.tick_params(labelsize=8)
+    axes[1].set_yticklabels([])
     suffix = ", freed memory returned at once" if kind == "returned" else ""
-    axis.set(xlabel="time / plain KD", ylabel=f"peak memory / plain KD{suffix}")
-    axis.set_title(title(case, rows), fontsize=8)
-    axis.grid(alpha=0.3)
+    axes[0].set_xlabel("time / plain KD")
+    axes[1].set_xlabel(f"peak memory / plain KD{suffix}")
+    axes[0].set_title(title(case, rows), fontsize=9, loc="left")
