@@ -26,7 +26,7 @@ def test_the_printed_code_runs(tmp_path, monkeypatch):
         loader=list(zip(images.split(30), labels.split(30), strict=True)),
     )
     before = student.weight.detach().clone()
-    loop, meta, history = blocks()
+    loop, meta, settings, history = blocks()
     exec(meta, names)
     exec(loop, names)
     assert names["optimizer"].metrics["meta_updates"] == 4
@@ -36,4 +36,7 @@ def test_the_printed_code_runs(tmp_path, monkeypatch):
     exec(attach, names)
     exec(loop.split("\n\n")[-1], names)  # the training loop once more, now watched
     exec("history.plot" + use, names)
+    exec(settings, names)
+    exec(settings.rsplit("in the loop: ", 1)[1], names)
+    assert names["bias"].shape == (4,) and names["criterion"].weights.shape == (30, 2)
     assert (tmp_path / "weights.png").stat().st_size > 0

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from longtail.table import Group, Record, cost, grouped  # noqa: E402
 
-SHOWN = ("kd", "bs+kd", "bs+kd+meta", "bikd-paper", "bikd-online", "bs+bikd-online")
+SHOWN = ("kd", "bs+kd", "bikd-online", "bs+bikd-online", "bs+kd:debias=1", "bs+bikd-online:debias=1")
 """The methods whose accuracy is drawn class by class, beside the best one."""
 
 
