@@ -14,7 +14,9 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from longtail.table import Group, Record, cost, grouped  # noqa: E402
 
-SHOWN = ("kd", "bs+kd", "bikd-online", "bs+bikd-online", "bs+kd:debias=1", "bs+bikd-online:debias=1")
+SHOWN = (
+    "kd", "bs+kd", "bikd-online", "bs+bikd-online", "bs+kd:debias=1", "bs+bikd-online:debias=1"
+)  # fmt: skip
 """The methods whose accuracy is drawn class by class, beside the best one."""
 
 
@@ -152,7 +154,7 @@ def _weights(methods: dict[str, list[Record]], group: Group, path: Path) -> Path
             axes.set_ylim(0, 1)
             axes.grid(alpha=0.3)
             if row == 0:
-                axes.set_title(method, fontsize=8)
+                axes.set_title(method.replace(":", "\n"), fontsize=8)
             else:
                 axes.set_xlabel("epoch", fontsize=8)
             if column == 0:
@@ -160,5 +162,5 @@ def _weights(methods: dict[str, list[Record]], group: Group, path: Path) -> Path
     scale = plt.cm.ScalarMappable(cmap=colours, norm=plt.Normalize(0, 1))
     bar = figure.colorbar(scale, ax=panels.ravel().tolist(), ticks=[0, 1], fraction=0.03, pad=0.01)
     bar.ax.set_yticklabels(["most\nfrequent", "rarest"], fontsize=8)
-    figure.suptitle(f"{_title(group)}: learned weights by class, seed {record['seed']}", y=1.0)
+    figure.suptitle(f"{_title(group)}: learned weights by class, seed {record['seed']}", y=1.03)
     return _save(figure, path)
