@@ -137,6 +137,8 @@ def _lines(axes: Any, cases: list[dict[str, Any]], swept: str) -> None:
 def _bars(axes: Any, case: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     kind = _kind(rows)
     names = [name for name in sorted(rows, key=list(ROWS).index) if "failed" not in rows[name]]
+    if not names:
+        return
     colours = [
         {"ours": "tab:blue", "plain": "black"}.get(ROWS[name].module, "tab:orange")
         for name in names
