@@ -99,7 +99,7 @@ def _cost_and_accuracy(
             axes.errorbar(x, y, deviation, fmt="o", color=colour, markersize=4, alpha=0.7)
             points.append((x, y, method))
         axes.set_xscale("log")
-        axes.set_xlim(0.85 * min(p[0] for p in points), 1.8 * max(p[0] for p in points))
+        axes.set_xlim(0.85 * min(p[0] for p in points), 1.2 * max(p[0] for p in points))
         for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             formatter("{x:g}")
         axes.tick_params(axis="x", which="both", labelsize=7)
@@ -113,22 +113,25 @@ def _cost_and_accuracy(
 
 
 def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Writes the names beside their points, moved apart vertically where they would collide."""
+    """Writes the names in a column beside the panel, in the order of the points."""
+    points = sorted(points, key=lambda point: point[1])
     low, high = axes.get_ylim()
-    gap = (high - low) / 38
-    placed: list[tuple[float, float]] = []
-    for x, y, name in sorted(points, key=lambda point: point[1]):
-        text_y = y
-        while any(abs(text_y - other) < gap and 0.55 < x / at < 1.8 for at, other in placed):
-            text_y += gap / 4
-        placed.append((x, text_y))
+    gap = (high - low) / max(42, len(points))
+    heights: list[float] = []
+    for _, y, _ in points:
+        heights.append(max([y, *(height + gap for height in heights[-1:])]))
+    for from_top, at in enumerate(reversed(range(len(points)))):
+        heights[at] = min(heights[at], high - from_top * gap)
+    for (x, y, name), height in zip(points, heights, strict=True):
         axes.annotate(
             name,
             (x, y),
-            (x * 1.04, text_y),
+            (1.02, height),
+            textcoords=axes.get_yaxis_transform(),
             fontsize=7,
             va="center",
-            arrowprops={"arrowstyle": "-", "alpha": 0.25, "linewidth": 0.6},
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "alpha": 0.25, "linewidth": 0.6, "relpos": (0, 0.5)},
         )
 
 
