@@ -120,6 +120,17 @@ def test_balanced_softmax_knows_whether_the_meta_set_joins(task, protocol):
     assert without.counts.tolist() == task.counts.tolist()
 
 
+def test_balanced_softmax_and_kd_take_other_fixed_weights(task, protocol):
+    student, teacher = torch.randn(2, 20, 4)
+    targets = torch.arange(20) % 4
+    halves, hard, soft, both = (
+        make_method(spec, task, protocol, 0).loss(student, teacher, targets, 1.0)
+        for spec in ("bs+kd", "bs+kd:hard=1,soft=0", "bs+kd:hard=0,soft=1", "bs+kd:hard=1,soft=1")
+    )
+    torch.testing.assert_close(hard + soft, both)
+    torch.testing.assert_close(2 * halves, both)
+
+
 def test_the_ltkd_loss_is_kd_where_its_corrections_have_nothing_to_correct(task, protocol):
     """With equal group probabilities the cross-group term vanishes for equal students."""
     method = make_method("ltkd", task, protocol, seed=0)

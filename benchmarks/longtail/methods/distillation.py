@@ -74,12 +74,29 @@ class KDChosen(KD):
 
 
 class BalancedSoftmaxKD(Method):
-    """KD whose hard loss is balanced softmax (Ren et al. 2020, eq. 4)."""
+    """KD whose hard loss is balanced softmax (Ren et al. 2020, eq. 4).
 
-    def __init__(self, task: Task, protocol: Protocol, seed: int, **options: int) -> None:
-        super().__init__(task, protocol, seed, **options)
-        hard = BalancedSoftmax(self.counts)
-        self._loss = WeightedKDLoss(temperature=protocol.temperature, hard_loss=hard)
+    Args:
+        hard, soft: weights of the two losses; one and one is the most that BiKD's net can give.
+        debias: as for every method.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        protocol: Protocol,
+        seed: int,
+        *,
+        hard: float = 0.5,
+        soft: float = 0.5,
+        debias: int = 0,
+    ) -> None:
+        super().__init__(task, protocol, seed, debias=debias)
+        self._loss = WeightedKDLoss(
+            temperature=protocol.temperature,
+            alpha=(hard, soft),
+            hard_loss=BalancedSoftmax(self.counts),
+        )
 
     def loss(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, progress: float
