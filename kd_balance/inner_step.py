@@ -260,7 +260,8 @@ class Update:
         """The vector-Jacobian product of the step.
 
         Args:
-            cotangents: of the new parameters ("param") and of the new state (by its key).
+            cotangents: of the new parameters ("param") and of the new state (by its key). Without
+                `through` they are used up, their memory becoming that of the result.
             through: also return the cotangents of the old parameters and of the old state.
 
         Returns:
@@ -326,7 +327,8 @@ def _linear_vjp(
                 name = group.names[i]
                 if (given := incoming.get(name)) is None:
                     continue
-                term = given * partial.item()
+                factor = partial.item()
+                term = given * factor if through else given.mul_(factor)
                 held = result[slot].get(name)
                 result[slot][name] = term if held is None else held.add_(term)
     return result
@@ -340,8 +342,15 @@ def _elementwise_vjp(
     counters = {k: v for k, v in first.items() if k in _COUNTERS}
     vectors = [k for k in first if k not in _COUNTERS]
     wanted = ["grad", "param", *vectors] if through else ["grad"]
+
+    def room(name: str, param: Tensor) -> Tensor:
+        used_up = None if through else cotangents.get("param", {}).get(name)
+        if used_up is not None and used_up.is_contiguous():
+            return used_up.view(-1)
+        return param.new_empty(param.numel())
+
     result: Slots = {
-        slot: {group.names[i]: group.params[i].new_empty(group.params[i].numel()) for i in indices}
+        slot: {group.names[i]: room(group.names[i], group.params[i]) for i in indices}
         for slot in wanted
     }
     for chunk in _chunks(indices, [group.params[i].numel() for i in indices]):

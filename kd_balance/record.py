@@ -32,10 +32,13 @@ class CriterionCall:
     upstream: Tensor | None = None
     """d(what backward was called on) / d(the criterion's result); None before backward."""
 
+    def logits(self, params: Mapping[str, Tensor]) -> Tensor:
+        """What the criterion would have been given under other parameters."""
+        return self.student_call.replay(params).to(self.logits_dtype)
+
     def losses(self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]) -> Tensor:
         """Per-sample losses [N, 2] of this call, replayed under other parameters."""
-        logits = self.student_call.replay(params).to(self.logits_dtype)
-        return criterion.losses(logits, self.teacher_logits, self.targets)
+        return criterion.losses(self.logits(params), self.teacher_logits, self.targets)
 
     def check_replay(self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]) -> None:
         """Repeats the call under the parameters that it was made with.

@@ -90,3 +90,27 @@ def test_conv2d_under_autocast():
     expected = tangent(layer, False, inputs, torch.float32)[1]
     assert primal.dtype == actual.dtype == torch.bfloat16
     assert relative_error([actual], [expected]) < 0.02
+
+
+@pytest.mark.parametrize("with_parameters", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (4, 3, 2)])
+def test_linear(shape, bias, with_parameters):
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(4, 5, bias=bias).double(), torch.randn(shape)
+    if shape[-1] != 4:
+        inputs = inputs.transpose(0, 2)
+    actual, expected = (
+        tangent(layer, fused, inputs, with_parameters=with_parameters) for fused in (True, False)
+    )
+    assert relative_error(actual, expected) < 1e-12
+
+
+def test_linear_under_autocast():
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(64, 32), torch.randn(5, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        primal, actual = tangent(layer, True, inputs, torch.float32)
+    expected = tangent(layer, False, inputs, torch.float32)[1]
+    assert primal.dtype == actual.dtype == torch.bfloat16
+    assert relative_error([actual], [expected]) < 0.02

@@ -98,12 +98,13 @@ class Adjoint:
 def _value_and_gradients(
     function: Callable[[Mapping[str, Tensor]], Tensor], params: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """The value and the gradients, whose memory nothing else shares."""
     leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
     with torch.enable_grad():
         value = function(leaves)
-    gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    named = zip(leaves, gradients, strict=True)
-    return value.detach(), {name: g for name, g in named if g is not None}
+    # torch.autograd.grad may give one tensor to two leaves; .grad is always a leaf's own
+    torch.autograd.backward(value, inputs=list(leaves.values()))
+    return value.detach(), {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
 
 
 def _forward_mode(
@@ -122,8 +123,9 @@ def _forward_mode(
             tangent = direction.get(name)
             duals[name] = param if tangent is None else fwAD.make_dual(param, tangent)
         with nullcontext() if with_curvature else FusedRules():
-            losses = call.losses(criterion, duals)
+            dual_logits = call.logits(duals)
         if with_curvature:
+            losses = criterion.losses(dual_logits, call.teacher_logits, call.targets)
             result = criterion.combine(losses, call.weights, call.targets)
             gradients = torch.autograd.grad(
                 result, list(duals.values()), call.upstream, allow_unused=True
@@ -132,14 +134,32 @@ def _forward_mode(
                 tangent = None if gradient is None else fwAD.unpack_dual(gradient).tangent
                 if tangent is not None:
                     curvature[name] = tangent.detach()
-        tangents = fwAD.unpack_dual(losses).tangent
-    if tangents is None:
+        logits, tangent = fwAD.unpack_dual(dual_logits)
+    if tangent is None:
         return torch.zeros_like(call.weights), curvature
+    tangents = _loss_tangents(criterion, call, logits.detach(), tangent.detach())
     with torch.enable_grad():
         weights = call.weights.detach().requires_grad_()
-        slope = criterion.combine(tangents.detach(), weights, call.targets)
+        slope = criterion.combine(tangents, weights, call.targets)
     (weight_gradient,) = torch.autograd.grad(slope, weights, call.upstream)
     return weight_gradient, curvature
+
+
+def _loss_tangents(
+    criterion: WeightedKDLoss, call: CriterionCall, logits: Tensor, direction: Tensor
+) -> Tensor:
+    """[N, 2] derivatives of the losses in a direction of the logits.
+
+    Two backward passes: the first is linear in what it begins with, and its transpose is wanted.
+    Forward mode does the same, but goes through softmax and KL in Python.
+    """
+    with torch.enable_grad():
+        logits.requires_grad_()
+        losses = criterion.losses(logits, call.teacher_logits, call.targets)
+        start = torch.zeros_like(losses, requires_grad=True)
+        (gradient,) = torch.autograd.grad(losses, logits, start, create_graph=True)
+        (tangents,) = torch.autograd.grad(gradient, start, direction)
+    return tangents
 
 
 def _double_backward(

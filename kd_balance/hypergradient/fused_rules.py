@@ -7,6 +7,8 @@ tangents,
 
 which is affine in ẋ and x with coefficients for each channel: two reductions and two passes.
 
+Linear layers, ẏ = x ẇᵀ + ḃ + ẋ wᵀ: the last product is added in place.
+
 Convolution on a CPU: of ẏ = conv(x, ẇ) + conv(ẋ, w) the second term is added in slices of the
 batch that stay in the cache, and no second activation is held.
 """
@@ -26,7 +28,7 @@ _SLICE = 2**21  # elements of an activation
 
 
 class FusedRules(TorchFunctionMode):
-    """Within it, batch norms and 2d convolutions of dual tensors take this module's rules.
+    """Within it, batch norms, linear layers and 2d convolutions of dual tensors take these rules.
 
     They have no second derivative and leave running statistics alone: they are for replays whose
     gradients nobody asks for.
@@ -38,6 +40,8 @@ class FusedRules(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.batch_norm:
             return _batch_norm(*args, **kwargs)
+        if function is F.linear:
+            return _linear(*args, **kwargs)
         if function is F.conv2d and args[0].device.type == "cpu":
             return _conv2d(*args, **kwargs)
         return function(*args, **kwargs)
@@ -79,6 +83,20 @@ def _batch_norm(
     dy = torch.addcmul(constant.view(by_channel), dx, slope.view(by_channel))
     dy.addcmul_(x, of_x.view(by_channel))
     return fwAD.make_dual(y, dy.to(y.dtype))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, dx = fwAD.unpack_dual(input)
+    w, dw = fwAD.unpack_dual(weight)
+    if dx is None or dw is None:
+        return F.linear(input, weight, bias)
+    b, db = fwAD.unpack_dual(bias) if bias is not None else (None, None)
+    y, dy = F.linear(x, w, b), F.linear(x, dw, db)
+    if dx.dtype == w.dtype == dy.dtype:
+        dy.view(-1, dy.shape[-1]).addmm_(dx.reshape(-1, dx.shape[-1]), w.t())
+    else:  # under autocast, which knows no addition in place
+        dy = dy + F.linear(dx, w)
+    return fwAD.make_dual(y, dy)
 
 
 def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,6 +32,7 @@ class BiKD(Method):
         start: share of the epochs with both weights one half, before the weight net takes over.
         every, unroll, accumulate, meta_loss: of BilevelOptimizer.
         meta_lr: rate of the weight net's Adam.
+        scale: the weights' upper bound; they begin near the half of it.
         features: of MetaWeightNet, joined by "+"; "frequency" is the log frequency of the label.
         with_meta: 1 for the meta set in the training set too.
         debias: 1 for a teacher without its ``prior_bias``.
@@ -51,6 +54,7 @@ class BiKD(Method):
         accumulate: int | None = None,
         meta_loss: str | None = None,
         meta_lr: float = 1e-3,
+        scale: float = 1.0,
         features: str = "student_ce+teacher_ce",
         with_meta: int = 0,
         debias: int = 0,
@@ -73,7 +77,8 @@ class BiKD(Method):
             torch.manual_seed(seed)
             log_frequency = (self.counts / self.counts.sum()).log().to(task.device)
             own = {"frequency": lambda student, teacher, targets: log_frequency[targets]}
-            self.weight_net = MetaWeightNet(
+            self.weight_net = _Scaled(
+                scale,
                 tuple(own.get(name, name) for name in features.split("+")),
                 hidden=(64,) if few_classes else (64, 64),
             )
@@ -111,3 +116,14 @@ class BiKD(Method):
         if self.options["method"] == "paper":
             for group in self._meta_optimizer.param_groups:
                 group["lr"] *= 0.8
+
+
+class _Scaled(MetaWeightNet):
+    """A weight net whose weights lie between 0 and `scale`."""
+
+    def __init__(self, scale: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self._scale * super().forward(features)
