@@ -32,7 +32,10 @@ class BiKD(Method):
         start: share of the epochs with both weights one half, before the weight net takes over.
         every, unroll, accumulate, meta_loss: of BilevelOptimizer.
         meta_lr: rate of the weight net's Adam.
-        scale: the weights' upper bound; they begin near the half of it.
+        scale: the weights' upper bound; they begin near the half of it. Where `normalise`, their
+            mean over the batch and both losses.
+        normalise: 1 for weights divided by that mean, which leaves the net no say in the step's
+            length.
         features: of MetaWeightNet, joined by "+"; "frequency" is the log frequency of the label.
         with_meta: 1 for the meta set in the training set too.
         debias: 1 for a teacher without its ``prior_bias``.
@@ -55,6 +58,7 @@ class BiKD(Method):
         meta_loss: str | None = None,
         meta_lr: float = 1e-3,
         scale: float = 1.0,
+        normalise: int = 0,
         features: str = "student_ce+teacher_ce",
         with_meta: int = 0,
         debias: int = 0,
@@ -79,6 +83,7 @@ class BiKD(Method):
             own = {"frequency": lambda student, teacher, targets: log_frequency[targets]}
             self.weight_net = _Scaled(
                 scale,
+                bool(normalise),
                 tuple(own.get(name, name) for name in features.split("+")),
                 hidden=(64,) if few_classes else (64, 64),
             )
@@ -119,11 +124,15 @@ class BiKD(Method):
 
 
 class _Scaled(MetaWeightNet):
-    """A weight net whose weights lie between 0 and `scale`."""
+    """A weight net whose weights lie between 0 and `scale`, or have it as their mean."""
 
-    def __init__(self, scale: float, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, scale: float, normalise: bool, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._scale = scale
+        self._normalise = normalise
 
     def forward(self, features: Tensor) -> Tensor:
-        return self._scale * super().forward(features)
+        weights = super().forward(features)
+        if self._normalise:
+            weights = weights / weights.mean()
+        return self._scale * weights
