@@ -42,9 +42,8 @@ class BalancedSoftmax(nn.Module):
 
     def __init__(self, class_counts: Tensor | Sequence[int], strength: float = 1.0) -> None:
         super().__init__()
-        counts = _counts(class_counts)
         self.strength = strength
-        self.register_buffer("log_prior", (counts / counts.sum()).log().float())
+        self.register_buffer("log_prior", log_prior(class_counts))
 
     def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         shift = self.strength * self.log_prior.to(student_logits)
@@ -103,6 +102,22 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float) 
         raise ValueError(f"beta is {beta}, expected a number from 0 to below 1.")
     weights = (1 - beta) / (1 - beta ** _counts(class_counts))
     return (weights / weights.mean()).float()
+
+
+def log_prior(class_counts: Tensor | Sequence[int]) -> Tensor:
+    """The log frequency of every class.
+
+    Args:
+        class_counts: training samples of each class [C], each above 0.
+
+    Returns:
+        float [C], in nats, below 0.
+
+    Raises:
+        ValueError: a class without samples.
+    """
+    counts = _counts(class_counts)
+    return (counts / counts.sum()).log().float()
 
 
 def _counts(class_counts: Tensor | Sequence[int]) -> Tensor:

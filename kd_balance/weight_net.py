@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_balance.hard_losses import log_prior
+
 Feature = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(student_logits [N, C], teacher_logits [N, C], targets [N] or [N, C]) -> [N]."""
 
@@ -52,6 +54,39 @@ FEATURES: dict[str, Feature] = {
 DEFAULT_FEATURES = ("student_ce", "teacher_ce")
 
 
+class LogFrequency(nn.Module):
+    """Feature: the log frequency of the label's class, so that weights may differ by class.
+
+    Args:
+        class_counts: training samples of each class [C], each above 0.
+
+    Calling it with student_logits [N, C], teacher_logits [N, C] and targets (class indices [N] or
+    probabilities [N, C]) gives [N], in nats.
+
+    Raises:
+        ValueError: a class without samples.
+
+    Example::
+
+        >>> feature = LogFrequency([90, 10])
+        >>> feature(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0, 1]))
+        tensor([-0.1054, -2.3026])
+        >>> weight_net = MetaWeightNet(features=("student_ce", "teacher_ce", feature))
+
+    Source: not in the paper; see ``benchmarks/results`` for what it gains.
+    """
+
+    log_prior: Tensor
+
+    def __init__(self, class_counts: Tensor | Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("log_prior", log_prior(class_counts))
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+        by_class = self.log_prior.to(student_logits)
+        return targets @ by_class if targets.dim() == 2 else by_class[targets]
+
+
 def compute_features(
     features: Sequence[str | Feature],
     student_logits: Tensor,
@@ -91,7 +126,8 @@ class MetaWeightNet(nn.Module):
 
     Args:
         features: what it sees of a sample: names in :data:`kd_balance.weight_net.FEATURES`, or
-            callables ``(student_logits [N, C], teacher_logits [N, C], targets) -> [N]``.
+            callables ``(student_logits [N, C], teacher_logits [N, C], targets) -> [N]`` such as
+            :class:`LogFrequency`. Those that are modules become part of the net.
         hidden: widths of the hidden layers, tanh between them.
 
     Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1).
@@ -128,6 +164,9 @@ class MetaWeightNet(nn.Module):
         if any(width < 1 for width in hidden):
             raise ValueError(f"hidden is {tuple(hidden)}, expected widths of at least 1.")
         self.features = tuple(features)
+        self.feature_modules = nn.ModuleList(
+            feature for feature in features if isinstance(feature, nn.Module)
+        )
         widths = [len(self.features), *hidden]
         layers: list[nn.Module] = []
         for inputs, outputs in zip(widths, widths[1:]):

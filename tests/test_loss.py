@@ -7,7 +7,7 @@ from torch import nn
 
 from kd_balance import MetaWeightNet, WeightedKDLoss
 from kd_balance.soft_losses import DecoupledKD
-from kd_balance.weight_net import FEATURES
+from kd_balance.weight_net import FEATURES, LogFrequency
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,10 @@ def test_a_batch_of_ignored_positions_gives_zero():
     assert loss == 0 and student.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize("features", [("student_ce", "teacher_ce"), tuple(FEATURES)])
+@pytest.mark.parametrize(
+    "features",
+    [("student_ce", "teacher_ce"), tuple(FEATURES), (LogFrequency([9, 5, 4, 2, 1]), "kl")],
+)
 def test_one_hot_probabilities_are_class_indices(features):
     student, teacher, labels = batch(4, 3)
     criterion = WeightedKDLoss(MetaWeightNet(features))
@@ -190,7 +193,25 @@ def test_features_are_what_they_are_called():
         torch.testing.assert_close(FEATURES[name](student, teacher, labels)[0], value)
 
 
+def test_weights_may_differ_by_class_alone():
+    counts = [50, 30, 10, 9, 1]
+    student, teacher = torch.randn(2, 5, 5)
+    criterion = WeightedKDLoss(MetaWeightNet((LogFrequency(counts),)))
+    criterion(student, teacher, torch.arange(5))
+    log_shares = torch.tensor([[0.5], [0.3], [0.1], [0.09], [0.01]]).log()
+    torch.testing.assert_close(criterion.weights, criterion.weight_net(log_shares).detach())
+
+
+def test_features_that_are_modules_move_and_are_saved_with_the_net():
+    net = MetaWeightNet((LogFrequency([3, 1]),)).double()
+    assert net.features[0].log_prior.dtype == torch.float64
+    other = MetaWeightNet((LogFrequency([1, 1]),))
+    other.load_state_dict(net.state_dict())
+    assert other.features[0].log_prior.exp().tolist() == pytest.approx([0.75, 0.25])
+
+
 REFUSED = {
+    "class_counts is \\[3.0, 0.0\\]": lambda: LogFrequency([3, 0]),
     "temperature is 0": lambda: WeightedKDLoss(temperature=0),
     "alpha is 1.5": lambda: WeightedKDLoss(alpha=1.5),
     "alpha is \\(1, 2, 3\\)": lambda: WeightedKDLoss(alpha=(1, 2, 3)),

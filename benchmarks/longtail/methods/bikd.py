@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.hard_losses import BalancedSoftmax
 from kd_balance.soft_losses import DecoupledKD
+from kd_balance.weight_net import LogFrequency
 from longtail.data import Task
 from longtail.meta_batches import MetaBatches
 from longtail.methods.base import Method
@@ -79,8 +80,7 @@ class BiKD(Method):
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            log_frequency = (self.counts / self.counts.sum()).log().to(task.device)
-            own = {"frequency": lambda student, teacher, targets: log_frequency[targets]}
+            own = {"frequency": LogFrequency(self.counts)}
             self.weight_net = _Scaled(
                 scale,
                 bool(normalise),
