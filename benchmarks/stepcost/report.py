@@ -124,14 +124,17 @@ def _lines(axes: Any, cases: list[dict[str, Any]], swept: str) -> None:
             axes[0].fill_between(x, low, high, alpha=0.2, color=line.get_color())
         if memories:
             axes[1].plot(*zip(*memories), "o-", label=ROWS[name].title)
+    values = [held["case"][swept] for held in cases]
     for axis, label in zip(axes, ("time", "peak memory")):
         axis.set(xscale="log", xlabel=swept.replace("_", " "), ylabel=f"{label} / plain KD")
+        axis.set_xticks(values, [f"{value:,}" for value in values])
+        axis.set_xticks([], minor=True)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     sizes = {**cases[0]["case"], **({swept: "…"} if swept != "unroll" else {"unroll": 1})}
-    axes[0].set_title(title(sizes, {}), fontsize=8)
+    axes[0].set_title(title(sizes, {}), fontsize=8, loc="left")
 
 
 def _bars(axes: Any, case: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
