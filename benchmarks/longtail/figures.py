@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def draw(records: Sequence[Record], split: str, stem: Path) -> list[Path]:
     return paths
 
 
+def _short(method: str) -> str:
+    """A method's name without what goes without saying."""
+    name, _, options = method.partition(":")
+    words = options.replace("features=student_ce+teacher_ce", "").split(",")
+    switches = {"debias=1": "debias", "with_meta=1": "with_meta"}
+    return " ".join([name, *(switches.get(word, word) for word in words if word)])
+
+
 def _title(group: Group) -> str:
     return f"{group.dataset}, imbalance {group.imbalance:g}, teacher {group.teacher}"
 
@@ -72,7 +81,7 @@ def _by_frequency(methods: dict[str, list[Record]], group: Group, split: str, pa
         per_class = [statistics.fmean(c) for c in zip(*(row[split]["per_class"] for row in rows))]
         by_count = sorted(zip(counts, per_class), reverse=True)
         width = 2.4 if "bikd" in method else 1.4
-        label = f"{method} ({_overall(rows, split):.1f} overall)"
+        label = f"{_short(method)} ({_overall(rows, split):.1f} overall)"
         axes.plot(*zip(*by_count), marker="o", markersize=4, linewidth=width, label=label)
     axes.set_xscale("log")
     axes.invert_xaxis()
@@ -87,29 +96,37 @@ def _by_frequency(methods: dict[str, list[Record]], group: Group, split: str, pa
 def _cost_and_accuracy(
     methods: dict[str, list[Record]], group: Group, split: str, path: Path
 ) -> Path:
-    figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharex=True)
+    overall = {method: _overall(rows, split) for method, rows in methods.items()}
+    drawn = {m: rows for m, rows in methods.items() if overall[m] > 0.5 * max(overall.values())}
+    left_out = [_short(method) for method in methods if method not in drawn]
+    figure, panels = plt.subplots(1, 2, figsize=(15, 1.5 + 0.2 * max(20, len(drawn))), sharex=True)
     unit = cost(methods["kd"]) if "kd" in methods else 1.0
     for axes, column in zip(panels, ("overall", "few")):
         points = []
-        for method, rows in methods.items():
+        for method, rows in drawn.items():
             values = [row[split][column] for row in rows]
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
             x, y = cost(rows) / unit, statistics.fmean(values)
             colour = "tab:red" if "bikd" in method else "tab:blue"
             axes.errorbar(x, y, deviation, fmt="o", color=colour, markersize=4, alpha=0.7)
-            points.append((x, y, method))
+            points.append((x, y, _short(method)))
         axes.set_xscale("log")
         axes.set_xlim(0.85 * min(p[0] for p in points), 1.2 * max(p[0] for p in points))
-        for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            formatter("{x:g}")
-        axes.tick_params(axis="x", which="both", labelsize=7)
+        ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20) if _within(axes.get_xlim(), tick)]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         _label(axes, points)
         axes.set_xlabel("training time, KD = 1" if "kd" in methods else "seconds of a run")
         axes.set_ylabel(f"{split} accuracy, {column} (%)")
         axes.grid(alpha=0.3, which="both")
-    figure.suptitle(f"{_title(group)}: cost and accuracy (BiKD in red)")
+    note = f"; not drawn, near chance: {', '.join(left_out)}" if left_out else ""
+    figure.suptitle(f"{_title(group)}: cost and accuracy (BiKD in red{note})")
     figure.tight_layout()
     return _save(figure, path)
+
+
+def _within(limits: tuple[float, float], value: float) -> bool:
+    return limits[0] <= value <= limits[1]
 
 
 def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
@@ -139,7 +156,7 @@ def _weights(methods: dict[str, list[Record]], group: Group, path: Path) -> Path
     """One column a method, hard weights above soft ones, of its first seed."""
     names = sorted(methods)
     figure, panels = plt.subplots(
-        2, len(names), figsize=(2.6 * len(names) + 1.2, 4.8), sharex=True, sharey=True,
+        2, len(names), figsize=(2.2 * len(names) + 1.2, 4.8), sharex=True, sharey="row",
         squeeze=False,
     )
     colours = plt.get_cmap("viridis_r")
@@ -154,14 +171,16 @@ def _weights(methods: dict[str, list[Record]], group: Group, path: Path) -> Path
                 values = [means[c][row] for _, means in record["weights"]]
                 share = rank / max(1, len(counts) - 1)
                 axes.plot(epochs, values, color=colours(share), linewidth=1)
-            axes.set_ylim(0, 1)
+            axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
             if row == 0:
-                axes.set_title(method.replace(":", "\n"), fontsize=8)
+                axes.set_title(textwrap.fill(_short(method), 22), fontsize=8)
             else:
                 axes.set_xlabel("epoch", fontsize=8)
             if column == 0:
                 axes.set_ylabel(f"mean {kind} weight")
+    for row in panels:
+        row[0].set_ylim(top=max(1, *(max(line.get_ydata()) for a in row for line in a.lines)))
     scale = plt.cm.ScalarMappable(cmap=colours, norm=plt.Normalize(0, 1))
     bar = figure.colorbar(scale, ax=panels.ravel().tolist(), ticks=[0, 1], fraction=0.03, pad=0.01)
     bar.ax.set_yticklabels(["most\nfrequent", "rarest"], fontsize=8)
