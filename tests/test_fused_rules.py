@@ -1,5 +1,8 @@
 """The fused forward-mode rules are torch's own, and only where they apply."""
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -114,3 +117,32 @@ def test_linear_under_autocast():
     expected = tangent(layer, False, inputs, torch.float32)[1]
     assert primal.dtype == actual.dtype == torch.bfloat16
     assert relative_error([actual], [expected]) < 0.02
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_channels_last_loses_no_digits(affine):
+    """torch's own kernel adds up float32 numbers one by one there: an error of 1e-5 and more."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(3, affine=affine)
+    inputs = (1 + torch.randn(100, 3, 32, 32)).contiguous(memory_format=torch.channels_last)
+    towards = torch.randn(inputs.shape)
+
+    def gradients(fused, dtype):
+        own = copy.deepcopy(layer).to(dtype)
+        leaves = [inputs.to(dtype).requires_grad_(), *own.parameters()]
+        with FusedRules() if fused else nullcontext():
+            output = own(leaves[0])
+        return [output.detach(), *torch.autograd.grad(output, leaves, towards.to(dtype))]
+
+    assert relative_error(gradients(True, torch.float32), gradients(False, torch.float64)) < 1e-6
+    tangents = [
+        tangent(copy.deepcopy(layer).to(dtype), fused, inputs, dtype)
+        for fused, dtype in ((True, torch.float32), (False, torch.float64))
+    ]
+    assert relative_error(*tangents) < 1e-6
+
+
+def test_batch_norm_of_one_value_per_channel_is_refused_as_ever():
+    inputs = torch.zeros(1, 3, 1, 1).requires_grad_()
+    with FusedRules(), pytest.raises(ValueError, match="more than 1 value per channel"):
+        nn.BatchNorm2d(3)(inputs)

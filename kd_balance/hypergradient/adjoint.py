@@ -100,7 +100,7 @@ def _value_and_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The value and the gradients, whose memory nothing else shares."""
     leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
-    with torch.enable_grad():
+    with torch.enable_grad(), FusedRules():
         value = function(leaves)
     # torch.autograd.grad may give one tensor to two leaves; .grad is always a leaf's own
     torch.autograd.backward(value, inputs=list(leaves.values()))
