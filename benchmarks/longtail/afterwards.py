@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_balance.hard_losses import log_prior
 from longtail.data import Task
 from longtail.protocol import Protocol
 
@@ -28,9 +29,9 @@ def predict_with(student: nn.Module) -> Predict:
 
 def adjust_logits(student: nn.Module, task: Task, protocol: Protocol, seed: int) -> Predict:
     """Subtracts the log frequency of each class: Menon et al. 2021, eq. 9, with tau one."""
-    log_prior = (task.counts / task.counts.sum()).log().to(task.device)
+    shift = log_prior(task.counts).to(task.device)
     predict = predict_with(student)
-    return lambda inputs: predict(inputs) - log_prior
+    return lambda inputs: predict(inputs) - shift
 
 
 def retrain_classifier(student: nn.Module, task: Task, protocol: Protocol, seed: int) -> Predict:

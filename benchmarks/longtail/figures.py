@@ -112,7 +112,8 @@ def _cost_and_accuracy(
             points.append((x, y, _short(method)))
         axes.set_xscale("log")
         axes.set_xlim(0.85 * min(p[0] for p in points), 1.2 * max(p[0] for p in points))
-        ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20) if _within(axes.get_xlim(), tick)]
+        left, right = axes.get_xlim()
+        ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20) if left <= tick <= right]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
         _label(axes, points)
@@ -123,10 +124,6 @@ def _cost_and_accuracy(
     figure.suptitle(f"{_title(group)}: cost and accuracy (BiKD in red{note})")
     figure.tight_layout()
     return _save(figure, path)
-
-
-def _within(limits: tuple[float, float], value: float) -> bool:
-    return limits[0] <= value <= limits[1]
 
 
 def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
