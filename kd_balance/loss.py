@@ -163,6 +163,12 @@ class WeightedKDLoss(nn.Module):
         """[N, 2], the (hard, soft) losses of the last call before weighting, detached."""
         return self._last_losses
 
+    @property
+    def phi(self) -> list[nn.Parameter]:
+        """The weight net's parameters that learn; none without one."""
+        own = self.weight_net.parameters() if self.weight_net is not None else ()
+        return [param for param in own if param.requires_grad]
+
     def follow(self, device: torch.device) -> None:
         """Moves to the device that the student turned out to be on, if it is not there."""
         own = next(self.parameters(), None)

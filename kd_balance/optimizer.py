@@ -124,7 +124,7 @@ class BilevelOptimizer(Optimizer):
         self.accumulate = accumulate
         criterion.follow(next(module.parameters()).device)
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(
-            weight_net.parameters(), lr=1e-3, weight_decay=1e-4
+            criterion.phi, lr=1e-3, weight_decay=1e-4
         )
         self._meta_set = MetaSet(meta_loader)
         self._objective = MetaObjective(module, criterion, meta_loss, teacher, meta_forward)
@@ -324,7 +324,7 @@ class BilevelOptimizer(Optimizer):
         self._meta_updates = meta_state["meta_updates"]
         self._skipped = meta_state["skipped_updates"]
         self._accumulated = meta_state["accumulated"]
-        like = zip(meta_state["partial_average"], self._weight_net.parameters())
+        like = zip(meta_state["partial_average"], self.criterion.phi)
         self._partial_average = [part.to(param) for part, param in like]
         self._open_window()
 
@@ -427,7 +427,7 @@ class BilevelOptimizer(Optimizer):
         self._accumulated += 1
         if self._accumulated < self.accumulate:
             return False
-        for param, gradient in zip(self._weight_net.parameters(), self._partial_average):
+        for param, gradient in zip(self.criterion.phi, self._partial_average, strict=True):
             param.grad = gradient
         self.meta_optimizer.step()
         self._partial_average = []
@@ -443,7 +443,7 @@ class BilevelOptimizer(Optimizer):
             with torch.no_grad():
                 weights = self.criterion.weigh(call.features, call.weights)
             with torch.enable_grad():
-                losses = call.losses(self.criterion, leaves)
+                losses = call.losses(self.criterion, call.logits(leaves))
                 change = self.criterion.combine(losses, weights - call.weights, call.targets)
             gradients = torch.autograd.grad(
                 change, list(leaves.values()), call.upstream, allow_unused=True
@@ -519,6 +519,12 @@ def _weight_net_of(criterion: WeightedKDLoss) -> nn.Module:
         raise ValueError(
             "criterion has no weight_net, expected one to train: write "
             "WeightedKDLoss(MetaWeightNet(), …)."
+        )
+    if not criterion.phi:
+        raise ValueError(
+            f"weight_net is a {type(criterion.weight_net).__name__} without a parameter that "
+            "requires a gradient, expected one to train: leave some unfrozen, or keep the plain "
+            "optimizer."
         )
     return criterion.weight_net
 

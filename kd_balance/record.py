@@ -36,9 +36,9 @@ class CriterionCall:
         """What the criterion would have been given under other parameters."""
         return self.student_call.replay(params).to(self.logits_dtype)
 
-    def losses(self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]) -> Tensor:
-        """Per-sample losses [N, 2] of this call, replayed under other parameters."""
-        return criterion.losses(self.logits(params), self.teacher_logits, self.targets)
+    def losses(self, criterion: WeightedKDLoss, logits: Tensor) -> Tensor:
+        """Per-sample losses [N, 2] of this call, had it been given these logits."""
+        return criterion.losses(logits, self.teacher_logits, self.targets)
 
     def check_replay(self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]) -> None:
         """Repeats the call under the parameters that it was made with.
@@ -47,7 +47,7 @@ class CriterionCall:
             ValueError: the losses are not those of the recorded call.
         """
         with torch.no_grad():
-            losses = self.losses(criterion, params)
+            losses = self.losses(criterion, self.logits(params))
         recorded = self.recorded_losses
         error = ((losses - recorded).norm() / recorded.norm()).item()
         single = 1e-3 if losses.device.type == "cpu" else 1e-2  # for TF32

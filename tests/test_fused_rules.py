@@ -136,6 +136,25 @@ def test_batch_norm_in_channels_last_loses_no_digits(affine):
     assert relative_error(*tangents) < 1e-6
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_channels_last_has_a_second_derivative(affine):
+    """As the meta loss needs that holds a gradient penalty."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(3, affine=affine)
+    inputs = (1 + torch.randn(10, 3, 8, 8)).contiguous(memory_format=torch.channels_last)
+
+    def second(fused):
+        leaves = [inputs.detach().requires_grad_(), *layer.parameters()]
+        with FusedRules() if fused else nullcontext():
+            output = layer(leaves[0]).tanh()
+        (slope,) = torch.autograd.grad(output.square().sum(), leaves[0], create_graph=True)
+        return torch.autograd.grad(
+            slope.square().sum(), leaves, allow_unused=True, materialize_grads=True
+        )
+
+    assert relative_error(second(True), second(False)) < 1e-5
+
+
 def test_batch_norm_of_one_value_per_channel_is_refused_as_ever():
     inputs = torch.zeros(1, 3, 1, 1).requires_grad_()
     with FusedRules(), pytest.raises(ValueError, match="more than 1 value per channel"):

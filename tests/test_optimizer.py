@@ -57,6 +57,9 @@ def refused_when_wrapped():
         "meta_loss is 'medium'": dict(meta_loss="medium"),
         "teacher is None": dict(meta_loss="soft"),
         "has no weight_net": dict(criterion=WeightedKDLoss()),
+        "without a parameter": dict(
+            criterion=WeightedKDLoss(MetaWeightNet().requires_grad_(False))
+        ),
         "criterion is CrossEntropyLoss": dict(criterion=nn.CrossEntropyLoss()),
         "parameters of the weight net": dict(
             student=student, optimizer=shared, criterion=WeightedKDLoss(net)
@@ -204,6 +207,22 @@ def test_the_weight_net_moves_and_lowers_the_meta_loss():
     assert optimizer.metrics["hypergradient_norm"] > 0
     assert optimizer.metrics["skipped_updates"] == 0
     assert 0 < optimizer.metrics["hard_weight"] < 1
+
+
+@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
+def test_frozen_parts_of_the_weight_net_stay_and_the_rest_moves_as_ever(engine):
+    moved = {}
+    for frozen in (False, True):
+        setting = Setting(engine=engine)
+        first, last = setting.criterion.weight_net.layers[0], setting.criterion.weight_net.layers[2]
+        first.requires_grad_(not frozen)
+        before = [p.clone() for p in first.parameters()]
+        optimizer = setting.wrapped()
+        setting.loss().backward()
+        optimizer.step()
+        assert (relative_error(first.parameters(), before) == 0) == frozen
+        moved[frozen] = list(last.parameters())
+    assert relative_error(moved[True], moved[False]) == 0
 
 
 def test_every_and_accumulate_decide_when_phi_moves():

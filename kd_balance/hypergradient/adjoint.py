@@ -47,9 +47,8 @@ class Adjoint:
             meta_loss: of the student's parameters by name.
             after: the parameters that the steps moved, by name, after the last one.
         """
-        assert criterion.weight_net is not None
         loss, gradients = _value_and_gradients(meta_loss, after)
-        phi = list(criterion.weight_net.parameters())
+        phi = criterion.phi
         hypergradient = [torch.zeros_like(p) for p in phi]
         cotangents: Slots = {"param": gradients}
         params = dict(after)
@@ -125,7 +124,7 @@ def _forward_mode(
         with nullcontext() if with_curvature else FusedRules():
             dual_logits = call.logits(duals)
         if with_curvature:
-            losses = criterion.losses(dual_logits, call.teacher_logits, call.targets)
+            losses = call.losses(criterion, dual_logits)
             result = criterion.combine(losses, call.weights, call.targets)
             gradients = torch.autograd.grad(
                 result, list(duals.values()), call.upstream, allow_unused=True
@@ -155,7 +154,7 @@ def _loss_tangents(
     """
     with torch.enable_grad():
         logits.requires_grad_()
-        losses = criterion.losses(logits, call.teacher_logits, call.targets)
+        losses = call.losses(criterion, logits)
         start = torch.zeros_like(losses, requires_grad=True)
         (gradient,) = torch.autograd.grad(losses, logits, start, create_graph=True)
         (tangents,) = torch.autograd.grad(gradient, start, direction)
@@ -173,7 +172,8 @@ def _double_backward(
     leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
     weights = call.weights.detach().requires_grad_()
     with torch.enable_grad():
-        result = criterion.combine(call.losses(criterion, leaves), weights, call.targets)
+        losses = call.losses(criterion, call.logits(leaves))
+        result = criterion.combine(losses, weights, call.targets)
         gradients = torch.autograd.grad(
             result,
             [leaves[name] for name in direction],

@@ -24,7 +24,6 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 
@@ -34,8 +33,8 @@ _SLICE = 2**21  # elements of an activation
 class FusedRules(TorchFunctionMode):
     """Within it, batch norms, linear layers and 2d convolutions take these rules.
 
-    They have no second derivative and leave running statistics alone: they are for replays that
-    are differentiated once.
+    They leave running statistics alone, and tangents have no derivatives of their own: they are
+    for replays, and for passes in forward mode without a graph.
     """
 
     def __torch_function__(
@@ -82,13 +81,18 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
     ) -> Tensor:
         y, mean, inverse_std = _normalised(x, scale, shift, eps)
-        ctx.save_for_backward(x, scale, mean, inverse_std)
+        ctx.save_for_backward(x, scale, shift, mean, inverse_std)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, mean, inverse_std = ctx.saved_tensors
+        x, scale, shift, mean, inverse_std = ctx.saved_tensors
+        if torch.is_grad_enabled():  # its derivative is wanted too: torch's own rule has one
+            y = F.batch_norm(x, None, None, scale, shift, True, 0.0, ctx.eps)
+            inputs = [t for t, needs in zip((x, scale, shift), ctx.needs_input_grad) if needs]
+            found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
+            return tuple(next(found) if needs else None for needs in ctx.needs_input_grad)
         of_x, of_scale, of_shift = _projected(gradient, x, scale, mean, inverse_std)
         gradients = (of_x, of_scale, of_shift, None)
         return tuple(g if n else None for g, n in zip(gradients, ctx.needs_input_grad, strict=True))

@@ -34,7 +34,6 @@ class Unroll:
             meta_loss: of the student's parameters by name.
             after: not needed here, the parameters after the last step being computed anew.
         """
-        assert criterion.weight_net is not None
         params: dict[str, Tensor] = {}
         states: dict[str, State] = {}
         with torch.enable_grad():
@@ -44,10 +43,7 @@ class Unroll:
                 _take(step.update, _training_loss(criterion, step, params), params, states)
             loss = meta_loss(params)
         hypergradient = torch.autograd.grad(
-            loss,
-            list(criterion.weight_net.parameters()),
-            allow_unused=True,
-            materialize_grads=True,
+            loss, criterion.phi, allow_unused=True, materialize_grads=True
         )
         return loss.detach(), list(hypergradient)
 
@@ -59,7 +55,7 @@ def _training_loss(
     total = torch.zeros(())
     for call in step.calls:
         assert call.upstream is not None
-        losses = call.losses(criterion, params)
+        losses = call.losses(criterion, call.logits(params))
         weights = criterion.weigh(call.features, losses)
         result = criterion.combine(losses, weights, call.targets)
         total = total.to(result) + (result * call.upstream).sum()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.hard_losses import BalancedSoftmax
@@ -32,7 +34,11 @@ class BiKD(Method):
             set, which needs no extra data.
         start: share of the epochs with both weights one half, before the weight net takes over.
         every, unroll, accumulate, meta_loss: of BilevelOptimizer.
+        meta_mode: "train" or "eval", the student's mode for the meta loss.
         meta_lr: rate of the weight net's Adam.
+        meta_schedule: "constant", or "cosine" for a rate that falls to zero over the run.
+        average: decay of an exponential average of the weight net over its steps; the student is
+            trained with the average's weights. 0 for the net itself.
         scale: the weights' upper bound; they begin near the half of it. Where `normalise`, their
             mean over the batch and both losses.
         normalise: 1 for weights divided by that mean, which leaves the net no say in the step's
@@ -57,7 +63,10 @@ class BiKD(Method):
         unroll: int = 1,
         accumulate: int | None = None,
         meta_loss: str | None = None,
+        meta_mode: str = "train",
         meta_lr: float = 1e-3,
+        meta_schedule: str = "constant",
+        average: float = 0.0,
         scale: float = 1.0,
         normalise: int = 0,
         features: str = "student_ce+teacher_ce",
@@ -77,6 +86,7 @@ class BiKD(Method):
             "unroll": unroll,
             "accumulate": accumulate or (5 if method == "paper" and not few_classes else 1),
             "meta_loss": meta_loss or ("mix" if as_authors and few_classes else "hard"),
+            "meta_forward": _in_eval_mode if meta_mode == "eval" else None,
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -90,6 +100,11 @@ class BiKD(Method):
         self._meta_optimizer = torch.optim.Adam(
             self.weight_net.parameters(), lr=meta_lr, weight_decay=1e-4
         )
+        self._meta_lr = meta_lr
+        self._meta_schedule = meta_schedule
+        if average:
+            self.weight_net = _Averaged(self.weight_net, average)
+            self._meta_optimizer.register_step_post_hook(self.weight_net.update)
         losses = {
             "temperature": protocol.temperature,
             "hard_loss": BalancedSoftmax(self.counts) if hard == "bs" else None,
@@ -102,6 +117,9 @@ class BiKD(Method):
     def loss(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, progress: float
     ) -> Tensor:
+        if self._meta_schedule == "cosine":
+            for group in self._meta_optimizer.param_groups:
+                group["lr"] = self._meta_lr * (1 + math.cos(math.pi * progress)) / 2
         criterion = self.criterion or self._plain
         return criterion(student_logits, teacher_logits, targets)
 
@@ -121,6 +139,35 @@ class BiKD(Method):
         if self.options["method"] == "paper":
             for group in self._meta_optimizer.param_groups:
                 group["lr"] *= 0.8
+
+
+def _in_eval_mode(student: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    inputs, targets = batch
+    student.eval()
+    try:
+        return student(inputs), targets
+    finally:
+        student.train()
+
+
+class _Averaged(nn.Module):
+    """A weight net seen through an exponential average of itself; its gradients reach the net."""
+
+    def __init__(self, net: MetaWeightNet, decay: float) -> None:
+        super().__init__()
+        self.net = net
+        self.features = net.features
+        self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.average.requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        weights = self.net(features)
+        with torch.no_grad():
+            difference = self.average(features) - weights
+        return weights + difference
+
+    def update(self, *_: Any) -> None:
+        self.average.update_parameters(self.net)
 
 
 class _Scaled(MetaWeightNet):
