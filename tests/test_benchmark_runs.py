@@ -1,6 +1,7 @@
 """Training runs of the benchmark: every method, resuming, skipping, sharing a plan."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -111,6 +112,39 @@ def test_the_meta_set_can_be_trained_on_too(task, protocol):
     (column,) = [f for f in method.weight_net.features if callable(f)]
     expected = (method.counts / method.counts.sum()).log()
     torch.testing.assert_close(column(None, None, torch.arange(4)), expected)
+
+
+def test_the_student_is_trained_with_the_average_of_the_weight_net(task, protocol, teacher_logits):
+    method = make_method("bikd-online:average=0.9", task, protocol, 0)
+    trained(method, teacher_logits)
+    features = torch.rand(5, 2)
+    weights = method.weight_net(features)
+    torch.testing.assert_close(weights, method.weight_net.average(features))
+    assert (weights - method.weight_net.net(features)).abs().max() > 1e-5
+    assert all(p.grad is not None for p in method.weight_net.net.parameters())
+
+
+def test_the_rate_of_the_weight_net_falls_on_demand(task, protocol, teacher_logits):
+    method = make_method("bikd-online:meta_schedule=cosine,meta_lr=0.01", task, protocol, 0)
+    rates = []
+    method._meta_optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    trained(method, teacher_logits, epochs=4)
+    halves = [0.01 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (1, 2, 3, 4)]
+    assert sorted(set(rates), reverse=True) == pytest.approx(halves)
+
+
+def test_the_meta_loss_is_taken_in_eval_mode_on_demand(task, protocol, teacher_logits):
+    def modes(mode):
+        model, seen = student(), set()
+        method = make_method(f"bikd-online:meta_mode={mode}", task, protocol, 0)
+        model.register_forward_pre_hook(lambda module, _: seen.add(module.training))
+        fit(model, method, 1, teacher_logits, CPU)
+        assert model.training
+        return seen
+
+    assert modes("train") == {True} and modes("eval") == {True, False}
 
 
 def test_balanced_softmax_knows_whether_the_meta_set_joins(task, protocol):
