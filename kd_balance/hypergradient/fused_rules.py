@@ -105,11 +105,14 @@ def _normalised(
     if not _adds_up_one_by_one(x):
         return torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
     mean = x.mean((0, 2, 3))
-    y = x - _by_channel(mean, x)
-    squares = torch.stack([part.square().sum((0, 2, 3)) for part in y.split(_samples(y))])
-    inverse_std = (squares.sum(0) * (x.shape[1] / x.numel()) + eps).rsqrt()
-    y.mul_(_by_channel(inverse_std if scale is None else scale * inverse_std, x))
-    return y if shift is None else y.add_(_by_channel(shift, x)), mean, inverse_std
+    center = _by_channel(mean, x)
+    squares = [(part - center).square_().sum((0, 2, 3)) for part in x.split(_samples(x))]
+    variance = torch.stack(squares).sum(0) * (x.shape[1] / x.numel())
+    inverse_std = (variance + eps).rsqrt()
+    slope = inverse_std if scale is None else scale * inverse_std
+    constant = -mean * slope if shift is None else shift - mean * slope
+    y = torch.addcmul(_by_channel(constant, x), x, _by_channel(slope, x))
+    return y, mean, inverse_std
 
 
 def _projected(
@@ -122,11 +125,11 @@ def _projected(
     dshift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tangent ẏ, and Σ x̂ ẋ and Σ ẋ of every channel."""
+    samples = _samples(x)
     if _adds_up_one_by_one(x):
-        parts = zip(dx.split(_samples(x)), x.split(_samples(x)), strict=True)
-        along = inverse_std * sum(
-            (d * (part - _by_channel(mean, x))).sum((0, 2, 3)) for d, part in parts
-        )
+        center = _by_channel(mean, x)
+        parts = zip(dx.split(samples), x.split(samples), strict=True)
+        along = inverse_std * sum((part - center).mul_(d).sum((0, 2, 3)) for d, part in parts)
         total = dx.sum((0, 2, 3))
     else:  # in one kernel: batch norm's backward calls them gradients of scale and shift
         _, along, total = torch.ops.aten.native_batch_norm_backward(
@@ -141,8 +144,11 @@ def _projected(
     constant = -slope * total / count - mean * of_x
     if dshift is not None:
         constant = constant + dshift
-    dy = torch.addcmul(_by_channel(constant, x), dx, _by_channel(slope, x))
-    return dy.addcmul_(x, _by_channel(of_x, x)), along, total
+    dy = torch.empty_like(x, dtype=torch.result_type(dx, slope))
+    channels = [_by_channel(values, x) for values in (constant, slope, of_x)]
+    for out, d, part in zip(dy.split(samples), dx.split(samples), x.split(samples), strict=True):
+        torch.addcmul(channels[0], d, channels[1], out=out).addcmul_(part, channels[2])
+    return dy, along, total
 
 
 def _adds_up_one_by_one(x: Tensor) -> bool:
@@ -155,8 +161,9 @@ def _by_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _samples(x: Tensor) -> int:
-    """How many samples of an activation stay in the cache."""
-    return max(1, _SLICE // max(1, x[0].numel()))
+    """How many samples of an activation stay in the cache; all, where none is to be cared for."""
+    one = x.numel() // max(1, len(x))
+    return max(1, _SLICE // max(1, one) if x.device.type == "cpu" else len(x))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
