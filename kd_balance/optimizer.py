@@ -38,7 +38,8 @@ class BilevelOptimizer(Optimizer):
             groups and state are read and written through to it.
         student: the module whose output the criterion is given. It may return its logits within
             tuples, dicts and model outputs.
-        criterion: a WeightedKDLoss with a weight net; it is moved to the student's device.
+        criterion: a WeightedKDLoss with a weight net; it is moved to the student's device. Frozen
+            parameters of the weight net stay as they are.
         meta_loader: an iterable of class-balanced batches, begun anew when it ends. A batch is
             (inputs, labels) or a mapping with the key ``labels``; its inputs reach the student as
             the training inputs did: a tensor in the place of the call's only tensor, a mapping as

@@ -17,8 +17,8 @@ from stepcost.rows import row
 from stepcost.rows.base import Row
 
 BATCHES = 2  # distinct batches that the steps go through in turns
-ERROR_BATCH = 8
-ERROR_SAMPLES = 7
+ERROR_BATCH = 4
+ERROR_SAMPLES = 15
 FEWEST = 5  # samples of a row, however long its period
 
 

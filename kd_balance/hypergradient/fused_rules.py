@@ -106,13 +106,16 @@ def _normalised(
         return torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
     mean = x.mean((0, 2, 3))
     center = _by_channel(mean, x)
-    squares = [(part - center).square_().sum((0, 2, 3)) for part in x.split(_samples(x))]
+    y = torch.empty_like(x)
+    squares = [
+        torch.sub(part, center, out=out).square().sum((0, 2, 3))
+        for out, part in zip(y.split(_samples(x)), x.split(_samples(x)), strict=True)
+    ]
     variance = torch.stack(squares).sum(0) * (x.shape[1] / x.numel())
     inverse_std = (variance + eps).rsqrt()
-    slope = inverse_std if scale is None else scale * inverse_std
-    constant = -mean * slope if shift is None else shift - mean * slope
-    y = torch.addcmul(_by_channel(constant, x), x, _by_channel(slope, x))
-    return y, mean, inverse_std
+    slope = _by_channel(inverse_std if scale is None else scale * inverse_std, x)
+    shift = torch.zeros_like(mean) if shift is None else shift
+    return torch.addcmul(_by_channel(shift, x), y, slope, out=y), mean, inverse_std
 
 
 def _projected(
