@@ -23,7 +23,7 @@ def tangent(layer, fused, inputs, dtype=torch.float64, with_parameters=True):
         params = {n: dual(p) for n, p in layer.named_parameters()} if with_parameters else {}
         arguments = (dual(inputs.to(dtype)),)
         if fused:
-            with FusedRules():
+            with FusedRules(tangents=True):
                 output = torch.func.functional_call(layer, params, arguments)
         else:
             output = torch.func.functional_call(layer, params, arguments)
@@ -52,6 +52,45 @@ def test_batch_norm_of_half_precision_inputs_keeps_their_dtype():
     expected = tangent(layer, False, inputs.bfloat16(), torch.float32)[1]
     assert primal.dtype == actual.dtype == torch.bfloat16
     assert relative_error([actual], [expected]) < 0.02
+
+
+def curvature(layer, fused, inputs, dtype=torch.float64):
+    """Tangents of the gradients of input and parameters: forward over reverse."""
+    layer = copy.deepcopy(layer).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+
+    def dual(tensor):
+        direction = torch.randn(tensor.shape, generator=generator).to(dtype)
+        return fwAD.make_dual(tensor.detach().to(dtype).requires_grad_(), direction)
+
+    with fwAD.dual_level():
+        params = {name: dual(p) for name, p in layer.named_parameters()}
+        leaves = [dual(inputs), *params.values()]
+        with FusedRules(tangents=True) if fused else nullcontext():
+            output = torch.func.functional_call(layer, params, leaves[0]).tanh()
+        gradients = torch.autograd.grad((output.square() + output).sum(), leaves)
+        pairs = [fwAD.unpack_dual(gradient) for gradient in gradients]
+        return [t.clone() for pair in pairs for t in pair]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), (6, 3, 4, 4), (2, 3, 2, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("last", [True, False])
+def test_batch_norm_forward_over_reverse(shape, affine, dtype, last):
+    torch.manual_seed(0)
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    layer = kind[len(shape)](3, affine=affine).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    inputs = 2 + 3 * torch.randn(shape, dtype=torch.float64)
+    if last and len(shape) == 4:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    actual, expected = (
+        curvature(layer, True, inputs, dtype),
+        curvature(layer, False, inputs),
+    )
+    assert relative_error(actual, expected) < {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
 
 
 CONVOLUTIONS = {
@@ -124,7 +163,7 @@ def test_batch_norm_in_channels_last_loses_no_digits(affine):
     def gradients(fused, dtype):
         own = copy.deepcopy(layer).to(dtype)
         leaves = [inputs.to(dtype).requires_grad_(), *own.parameters()]
-        with FusedRules() if fused else nullcontext():
+        with FusedRules(tangents=True) if fused else nullcontext():
             output = own(leaves[0])
         return [output.detach(), *torch.autograd.grad(output, leaves, towards.to(dtype))]
 
@@ -145,9 +184,9 @@ def test_batch_norm_in_channels_last_has_a_second_derivative(affine):
 
     def second(fused):
         leaves = [inputs.detach().requires_grad_(), *layer.parameters()]
-        with FusedRules() if fused else nullcontext():
+        with FusedRules(tangents=True) if fused else nullcontext():
             output = layer(leaves[0]).tanh()
-        (slope,) = torch.autograd.grad(output.square().sum(), leaves[0], create_graph=True)
+            (slope,) = torch.autograd.grad(output.square().sum(), leaves[0], create_graph=True)
         return torch.autograd.grad(
             slope.square().sum(), leaves, allow_unused=True, materialize_grads=True
         )
@@ -157,5 +196,6 @@ def test_batch_norm_in_channels_last_has_a_second_derivative(affine):
 
 def test_batch_norm_of_one_value_per_channel_is_refused_as_ever():
     inputs = torch.zeros(1, 3, 1, 1).requires_grad_()
-    with FusedRules(), pytest.raises(ValueError, match="more than 1 value per channel"):
+    rules, refused = FusedRules(tangents=True), "more than 1 value per channel"
+    with rules, pytest.raises(ValueError, match=refused):
         nn.BatchNorm2d(3)(inputs)

@@ -243,6 +243,39 @@ def test_activation_checkpointing(make, steps, method):
         torch.testing.assert_close(lab.hypergradient, expected.hypergradient, rtol=1e-9, atol=0)
 
 
+class Convolutional(Deep):
+    """In float32 its replays' batch norm is none of torch's, which recomputations must repeat."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh())
+        self.last = nn.Linear(12, CLASSES)
+
+    def forward(self, inputs):
+        hidden = torch.tanh(self.first(inputs)).view(-1, 3, 2, 2)
+        if self.reentrant is None:
+            hidden = self.block(hidden)
+        else:
+            hidden = checkpoint(self.block, hidden, use_reentrant=self.reentrant)
+        return self.last(hidden.flatten(1))
+
+
+class ConvolutionalCheckpointed(Convolutional):
+    reentrant = False
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_activation_checkpointing_of_convolutions(steps):
+    settings = {"unroll": steps, "every": steps}
+    expected, actual = (
+        trained(plain(steps), wrapped=True, make=make, dtype=torch.float32, settings=settings)
+        for make in (Convolutional, ConvolutionalCheckpointed)
+    )
+    torch.testing.assert_close(
+        actual.hypergradient, expected.hypergradient, rtol=1e-4, atol=1e-8
+    )
+
+
 @pytest.mark.parametrize("make", [Checkpointed, CheckpointedReentrant])
 def test_activation_checkpointing_leaves_the_student_alone(make):
     """Recomputation passes batch norm once more; that of a replay must not."""

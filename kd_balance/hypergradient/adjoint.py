@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -99,7 +98,7 @@ def _value_and_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The value and the gradients, whose memory nothing else shares."""
     leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
-    with torch.enable_grad(), FusedRules():
+    with torch.enable_grad(), FusedRules(tangents=False):
         value = function(leaves)
     # torch.autograd.grad may give one tensor to two leaves; .grad is always a leaf's own
     torch.autograd.backward(value, inputs=list(leaves.values()))
@@ -121,7 +120,7 @@ def _forward_mode(
             param = param.detach().requires_grad_(with_curvature)
             tangent = direction.get(name)
             duals[name] = param if tangent is None else fwAD.make_dual(param, tangent)
-        with nullcontext() if with_curvature else FusedRules():
+        with FusedRules(tangents=True):
             dual_logits = call.logits(duals)
         if with_curvature:
             losses = call.losses(criterion, dual_logits)

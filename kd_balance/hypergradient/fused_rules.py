@@ -18,6 +18,7 @@ batch that stay in the cache, and no second activation is held.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,20 +34,29 @@ _SLICE = 2**21  # elements of an activation
 class FusedRules(TorchFunctionMode):
     """Within it, batch norms, linear layers and 2d convolutions take these rules.
 
-    They leave running statistics alone, and tangents have no derivatives of their own: they are
-    for replays, and for passes in forward mode without a graph.
+    They leave running statistics alone: they are for replays.
+
+    Args:
+        tangents: take the rules for dual tensors too, whose tangents then have no derivative of
+            their own.
     """
+
+    def __init__(self, *, tangents: bool) -> None:
+        super().__init__()
+        self._tangents = tangents
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is F.batch_norm:
+        applies = self._tangents or not _any_dual((*args, *kwargs.values()))
+        if function is F.batch_norm and applies:
             return _batch_norm(*args, **kwargs)
-        if function is F.linear:
-            return _linear(*args, **kwargs)
-        if function is F.conv2d and args[0].device.type == "cpu":
-            return _conv2d(*args, **kwargs)
+        if self._tangents and not torch.is_grad_enabled():
+            if function is F.linear:
+                return _linear(*args, **kwargs)
+            if function is F.conv2d and args[0].device.type == "cpu":
+                return _conv2d(*args, **kwargs)
         return function(*args, **kwargs)
 
 
@@ -60,17 +70,16 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    x, dx = fwAD.unpack_dual(input)
-    scale, dscale = fwAD.unpack_dual(weight) if weight is not None else (None, None)
-    shift, dshift = fwAD.unpack_dual(bias) if bias is not None else (None, None)
-    if training and dx is not None:
-        y, mean, inverse_std = _normalised(x, scale, shift, eps)
-        dy = _projected(dx, x, scale, mean, inverse_std, dscale, dshift)[0]
-        return fwAD.make_dual(y, dy.to(y.dtype))
-    several = x.numel() > x.shape[1]  # values a channel; one is torch's to refuse
-    if training and several and dscale is None and dshift is None and _adds_up_one_by_one(x):
-        return _BatchNorm.apply(x, weight, bias, eps)
+    dual, parameters_dual = _any_dual((input,)), _any_dual((weight, bias))
+    several = input.numel() > input.shape[1]  # values a channel; one is torch's to refuse
+    if training and several and (dual or (_adds_up_one_by_one(input) and not parameters_dual)):
+        return _BatchNorm.apply(input, weight, bias, eps)
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _any_dual(values: Iterable[Any]) -> bool:
+    tensors = (value for value in values if isinstance(value, Tensor))
+    return any(fwAD.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -82,19 +91,28 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         y, mean, inverse_std = _normalised(x, scale, shift, eps)
         ctx.save_for_backward(x, scale, shift, mean, inverse_std)
+        ctx.save_for_forward(x, scale, mean, inverse_std)
         ctx.eps = eps
         return y
+
+    @staticmethod
+    def jvp(
+        ctx: Any, dx: Tensor, dscale: Tensor | None, dshift: Tensor | None, _: None
+    ) -> Tensor:
+        x, scale, mean, inverse_std = ctx.saved_tensors
+        with torch.no_grad():
+            dy = _projected(dx, x, scale, mean, inverse_std, dscale, dshift)[0]
+        return dy.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, mean, inverse_std = ctx.saved_tensors
         if torch.is_grad_enabled():  # its derivative is wanted too: torch's own rule has one
-            y = F.batch_norm(x, None, None, scale, shift, True, 0.0, ctx.eps)
+            y = torch.batch_norm(x, scale, shift, None, None, True, 0.0, ctx.eps, False)
             inputs = [t for t, needs in zip((x, scale, shift), ctx.needs_input_grad) if needs]
             found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
             return tuple(next(found) if needs else None for needs in ctx.needs_input_grad)
-        of_x, of_scale, of_shift = _projected(gradient, x, scale, mean, inverse_std)
-        gradients = (of_x, of_scale, of_shift, None)
+        gradients = (*_gradients(gradient, x, scale, mean, inverse_std), None)
         return tuple(g if n else None for g, n in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
@@ -128,17 +146,7 @@ def _projected(
     dshift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tangent ẏ, and Σ x̂ ẋ and Σ ẋ of every channel."""
-    samples = _samples(x)
-    if _adds_up_one_by_one(x):
-        center = _by_channel(mean, x)
-        parts = zip(dx.split(samples), x.split(samples), strict=True)
-        along = inverse_std * sum((part - center).mul_(d).sum((0, 2, 3)) for d, part in parts)
-        total = dx.sum((0, 2, 3))
-    else:  # in one kernel: batch norm's backward calls them gradients of scale and shift
-        _, along, total = torch.ops.aten.native_batch_norm_backward(
-            dx, x, torch.ones_like(mean), None, None, mean, inverse_std, True, 0.0,
-            [False, True, True],
-        )  # fmt: skip
+    along, total = _sums(dx, x, mean, inverse_std)
     count = x.numel() // x.shape[1]
     slope = inverse_std if scale is None else scale * inverse_std
     of_x = -slope * inverse_std * along / count
@@ -147,11 +155,75 @@ def _projected(
     constant = -slope * total / count - mean * of_x
     if dshift is not None:
         constant = constant + dshift
-    dy = torch.empty_like(x, dtype=torch.result_type(dx, slope))
-    channels = [_by_channel(values, x) for values in (constant, slope, of_x)]
-    for out, d, part in zip(dy.split(samples), dx.split(samples), x.split(samples), strict=True):
-        torch.addcmul(channels[0], d, channels[1], out=out).addcmul_(part, channels[2])
-    return dy, along, total
+    return _combined(constant, (dx, slope), (x, of_x)), along, total
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, scale: Tensor | None, mean: Tensor, inverse_std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of input, scale and shift; dual tensors for dual arguments.
+
+    With g the output's gradient, a = mean g and b = mean(x̂ g), that of the input is
+    γ r (g − a − x̂ b). Its tangent is affine in g, ġ, ẋ and x, as is the tangent of x̂.
+    """
+    x, dx = fwAD.unpack_dual(x)
+    g, dg = fwAD.unpack_dual(gradient)
+    scale, dscale = fwAD.unpack_dual(scale) if scale is not None else (None, None)
+    of_x, along, total = _projected(g, x, scale, mean, inverse_std)
+    if dx is None or dg is None:
+        return of_x, along, total
+    count = x.numel() // x.shape[1]
+    a, b = total / count, along / count
+    dg_along, dg_total = _sums(dg, x, mean, inverse_std)
+    dx_along, dx_total = _sums(dx, x, mean, inverse_std)
+    samples = _samples(x)
+    parts = zip(dx.split(samples), g.split(samples), strict=True)
+    over = [0, *range(2, x.dim())]
+    dx_g = torch.stack([(d * part).sum(over, dtype=mean.dtype) for d, part in parts]).sum(0)
+    r, r_tangent = inverse_std, -inverse_std.square() * dx_along / count
+    slope = r if scale is None else scale * r
+    of_g = r_tangent if scale is None else scale * r_tangent
+    if dscale is not None:
+        of_g = of_g + dscale * r
+    b_tangent = (r * (dx_g - dx_total * a - dx_along * b) + dg_along) / count
+    of_dx = -slope * b * r
+    of_normalised = -of_g * b - slope * b_tangent - of_dx * dx_along / count
+    constant = -of_g * a - slope * dg_total / count - of_dx * dx_total / count
+    of_input = of_normalised * r
+    tangent = _combined(
+        constant - of_input * mean, (g, of_g), (dg, slope), (dx, of_dx), (x, of_input)
+    )
+    return (
+        fwAD.make_dual(of_x, tangent),
+        fwAD.make_dual(along, count * b_tangent),
+        fwAD.make_dual(total, dg_total),
+    )
+
+
+def _sums(u: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ x̂ u and Σ u of every channel."""
+    if not _adds_up_one_by_one(x):  # batch norm's backward calls them gradients of scale and shift
+        return torch.ops.aten.native_batch_norm_backward(
+            u, x, torch.ones_like(mean), None, None, mean, inverse_std, True, 0.0,
+            [False, True, True],
+        )[1:]  # fmt: skip
+    center = _by_channel(mean, x)
+    parts = zip(u.split(_samples(x)), x.split(_samples(x)), strict=True)
+    along = inverse_std * sum((part - center).mul_(d).sum((0, 2, 3)) for d, part in parts)
+    return along, u.sum((0, 2, 3))
+
+
+def _combined(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """The constant of every channel and the activations times coefficients of every channel."""
+    x = terms[0][0]
+    out = torch.empty_like(x, dtype=torch.result_type(x, constant))
+    samples = _samples(x)
+    for i, part in enumerate(out.split(samples)):
+        rows = slice(i * samples, (i + 1) * samples)
+        total = _by_channel(constant, x)
+        for activation, factor in terms:
+            total = torch.addcmul(total, activation[rows], _by_channel(factor, x), out=part)
+    return out
 
 
 def _adds_up_one_by_one(x: Tensor) -> bool:
