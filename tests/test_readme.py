@@ -36,7 +36,11 @@ def test_the_printed_code_runs(tmp_path, monkeypatch):
     exec(attach, names)
     exec(loop.split("\n\n")[-1], names)  # the training loop once more, now watched
     exec("history.plot" + use, names)
+    names["optimizer"] = torch.optim.SGD(student.parameters(), lr=0.1)
     exec(settings, names)
-    exec(settings.rsplit("in the loop: ", 1)[1], names)
+    call = settings.rsplit("in the loop: ", 1)[1].strip()
+    usual = "criterion(student(inputs), teacher_logits, targets)"
+    exec(loop.split("\n\n")[-1].replace(usual, call).replace("scheduler.step()", ""), names)
+    assert names["optimizer"].metrics["meta_updates"] == 1
     assert names["bias"].shape == (4,) and names["criterion"].weights.shape == (30, 2)
     assert (tmp_path / "weights.png").stat().st_size > 0
