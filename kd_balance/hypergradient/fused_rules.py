@@ -6,9 +6,10 @@ tangents,
     ẏ = γ r (ẋ − mean ẋ) + x̂ (γ̇ − γ mean(x̂ ẋ)) + β̇,
 
 which is affine in ẋ and x with coefficients for each channel: two reductions and two passes. The
-gradients' tangents, for forward over reverse, are of the same kind. The sums are our own where torch's CPU kernel adds up a hundred thousand float32 numbers one by one
-(channels_last): that kernel's variance is off by 3e-5, enough to move a few inputs of ReLUs across
-zero and the hypergradient by 1e-4.
+gradients' tangents, for forward over reverse, are of the same kind. The sums are our own where
+torch's CPU kernel adds up a hundred thousand float32 numbers one by one (channels_last): that
+kernel's variance is off by 3e-5, enough to move a few inputs of ReLUs across zero and the
+hypergradient by 1e-4.
 
 Linear layers, ẏ = x ẇᵀ + ḃ + ẋ wᵀ: the last product is added in place.
 
