@@ -18,7 +18,7 @@ from stepcost.rows.base import Row
 
 BATCHES = 2  # distinct batches that the steps go through in turns
 ERROR_BATCH = 4
-ERROR_SAMPLES = 15
+ERROR_SAMPLES = {"float32": 15, "bfloat16": 15, "float64": 3}
 FEWEST = 5  # samples of a row, however long its period
 
 
@@ -116,7 +116,7 @@ def hypergradient_errors(case: Case, name: str) -> list[float]:
         return []
     of = kind(small)
     errors = []
-    for period in range(1 + ERROR_SAMPLES):
+    for period in range(1 + ERROR_SAMPLES[case.dtype]):
         for i in range(of.period):
             train, meta = (small.draw(period * of.period + i, meta=meta) for meta in (False, True))
             if i == of.period - 1:
