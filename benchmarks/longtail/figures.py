@@ -158,26 +158,32 @@ def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
 
 
 def _weights(methods: dict[str, list[Record]], group: Group, path: Path) -> Path:
-    """One column a method, hard weights above soft ones, of its first seed."""
+    """Of each method's first seed: hard weights, soft ones below, eight methods side by side."""
     names = sorted(methods)
+    columns = min(len(names), 8)
+    bands = -(-len(names) // columns)
     figure, panels = plt.subplots(
-        2, len(names), figsize=(2.2 * len(names) + 1.2, 4.8), sharex=True, sharey="row",
-        squeeze=False,
+        2 * bands, columns, figsize=(2.2 * columns + 1.2, 5 * bands), sharex=True, sharey="row",
+        squeeze=False, layout="constrained",
     )
+    for axes in panels.flat:
+        axes.set_visible(False)
     colours = plt.get_cmap("viridis_r")
-    for column, method in enumerate(names):
+    for position, method in enumerate(names):
         record = next(row for row in methods[method] if row.get("weights"))
         counts = record["class_counts"]
         by_count = sorted(range(len(counts)), key=lambda c: -counts[c])
+        band, column = divmod(position, columns)
         for row, kind in enumerate(("hard", "soft")):
-            axes = panels[row][column]
+            axes = panels[2 * band + row][column]
+            axes.set_visible(True)
             for rank, c in enumerate(by_count):
                 epochs = [epoch for epoch, _ in record["weights"]]
                 values = [means[c][row] for _, means in record["weights"]]
                 share = rank / max(1, len(counts) - 1)
                 axes.plot(epochs, values, color=colours(share), linewidth=1)
-            axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
+            axes.tick_params(labelbottom=True)
             if row == 0:
                 axes.set_title(textwrap.fill(_short(method), 22), fontsize=8)
             else:
@@ -185,9 +191,10 @@ def _weights(methods: dict[str, list[Record]], group: Group, path: Path) -> Path
             if column == 0:
                 axes.set_ylabel(f"mean {kind} weight")
     for row in panels:
-        row[0].set_ylim(top=max(1, *(max(line.get_ydata()) for a in row for line in a.lines)))
+        highest = max(max(line.get_ydata()) for axes in row for line in axes.lines)
+        row[0].set_ylim(0, 1.02 * max(1, highest))
     scale = plt.cm.ScalarMappable(cmap=colours, norm=plt.Normalize(0, 1))
     bar = figure.colorbar(scale, ax=panels.ravel().tolist(), ticks=[0, 1], fraction=0.03, pad=0.01)
     bar.ax.set_yticklabels(["most\nfrequent", "rarest"], fontsize=8)
-    figure.suptitle(f"{_title(group)}: learned weights by class, seed {record['seed']}", y=1.03)
+    figure.suptitle(f"{_title(group)}: learned weights by class, first seed")
     return _save(figure, path)
