@@ -6,31 +6,28 @@ and the student holds its own parameters again: it would see others than the rep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch.utils.checkpoint
-from torch.overrides import _get_current_function_mode_stack
 
 
 @contextmanager
 def recomputed_under(again: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Lets checkpoints made in here run their recomputation within ``again()``.
 
-    Function modes that are active now are active then too: what they change must change again.
     Reentrant checkpoints, which only ``.backward()`` can go through, become the other kind.
     """
     module: Any = torch.utils.checkpoint
     generator, function = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
-    modes = _get_current_function_mode_stack()
 
     def generator_under(
         fn: Callable[..., Any], preserve: bool, context_fn: Any, *rest: Any, **kwargs: Any
     ) -> Any:
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
             forward, recompute = context_fn()
-            return forward, _Nested(again, modes, recompute)
+            return forward, _Nested(again, recompute)
 
         return generator(fn, preserve, contexts, *rest, **kwargs)
 
@@ -54,23 +51,15 @@ class _Nested(AbstractContextManager):
     """One context inside another, entered anew for every recomputation."""
 
     def __init__(
-        self,
-        outer: Callable[[], AbstractContextManager],
-        modes: Sequence[AbstractContextManager],
-        inner: AbstractContextManager,
+        self, outer: Callable[[], AbstractContextManager], inner: AbstractContextManager
     ) -> None:
         self._outer = outer
-        self._modes = modes
         self._inner = inner
         self._open: list[ExitStack] = []
 
     def __enter__(self) -> None:
         stack = ExitStack()
         stack.enter_context(self._outer())
-        active = _get_current_function_mode_stack()
-        for mode in self._modes:
-            if mode not in active:
-                stack.enter_context(mode)
         stack.enter_context(self._inner)
         self._open.append(stack)
 

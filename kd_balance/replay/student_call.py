@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from kd_balance.replay.checkpointing import recomputed_under
@@ -131,10 +132,16 @@ class StudentCall:
         given = {prefix + name: param for name, param in params.items()}
         buffers = {prefix + name: buffer for name, buffer in self.buffers.items()}
 
+        modes = _get_current_function_mode_stack()
+
         @contextmanager
         def as_recorded() -> Iterator[None]:
             state = {**{name: buffer.clone() for name, buffer in buffers.items()}, **given}
             with ExitStack() as stack:
+                active = _get_current_function_mode_stack()
+                for mode in modes:  # gone where a checkpoint computes again
+                    if mode not in active:
+                        stack.enter_context(mode)
                 stack.enter_context(self.autocast.restored())
                 stack.enter_context(_training_flags(self.student, self.training))
                 stack.enter_context(_preserved_attributes(self.student))
