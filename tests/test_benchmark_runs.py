@@ -225,11 +225,11 @@ def test_a_killed_run_goes_on_where_it_stood(
     parts = []
     resumed, again, _ = trained(
         make_method(name, task, protocol, 0), teacher_logits, 4, checkpoint=file,
-        advance=parts.append,
+        advance=lambda share, found=False: parts.append((share, found)),
     )
     assert torch.equal(resumed, whole)
     assert again.weights == done.weights
-    assert parts == [0.75, 0.25] and not file.exists()
+    assert parts == [(0.75, True), (0.25, False)] and not file.exists()
 
 
 def test_seeds_and_start_change_a_run_and_nothing_else_does(task, protocol, teacher_logits):
@@ -309,6 +309,13 @@ def test_a_half_written_line_is_done_again_on_a_line_of_its_own(run, tmp_path):
     rows = run()
     assert [r["method"] for r in rows].count("kd") == 2
     assert out.read_text().endswith("\n")
+
+
+def test_the_time_left_is_that_of_the_runs_without_a_result(run, capsys):
+    run("--seeds", "0", "1", "--method", "kd", "--teacher-kind", "biased")
+    capsys.readouterr()
+    run("--seeds", "0", "1", "2", "--method", "kd", "--teacher-kind", "biased")
+    assert "100%" in (shown := capsys.readouterr().err) and "1.0/1 plain runs" in shown
 
 
 def test_the_teacher_is_trained_once(run, monkeypatch):

@@ -59,7 +59,7 @@ def fit(
     machine: Machine,
     *,
     checkpoint: Path | None = None,
-    advance: Callable[[float], None] = lambda epochs: None,
+    advance: Callable[..., None] = lambda share, found=False: None,
 ) -> Progress:
     """Trains the model in place.
 
@@ -70,7 +70,8 @@ def fit(
         teacher_logits: [views, pool, C]; None for methods without a teacher.
         machine: where to compute.
         checkpoint: a file that holds the state every minute, to go on from; removed at the end.
-        advance: called with each epoch's share of the run.
+        advance: called with each epoch's share of the run, and once with the share that a
+            checkpoint had and `found=True`.
     """
     task, protocol, seed = method.task, method.protocol, method.seed
     model.to(machine.device, memory_format=torch.channels_last)
@@ -103,7 +104,7 @@ def fit(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
-        advance(progress.epoch / epochs)
+        advance(progress.epoch / epochs, found=True)
     if progress.epoch == 0 and switch == 0:
         optimizer = method.wrap(sgd, model, meta)
     has_meta_steps = optimizer is not sgd or switch > 0

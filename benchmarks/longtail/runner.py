@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from longtail.methods import Method, make_method
 from longtail.metrics import evaluate
 from longtail.models import build
 from longtail.protocol import Protocol
+from longtail.tally import Tally
 from longtail.teachers import Teacher, obtain_teacher, teacher_path
 
 
@@ -57,9 +58,6 @@ class Job:
     threads: int | None
 
 
-Advance = Callable[[float], None]
-
-
 class Setting:
     """A protocol at one imbalance, with its data and teachers loaded once."""
 
@@ -84,38 +82,46 @@ class Setting:
         return self._teachers[kind]
 
 
-def work(job: Job, advance: Advance) -> None:
+def work(job: Job, tally: Tally, show: Callable[[], None] = lambda: None) -> None:
     """Does what is left of the plan and is not being done by another process.
 
     Args:
         job: the plan.
-        advance: called with the cost that was worked off, in plain runs.
+        tally: of its runs.
+        show: called when the tally has changed.
     """
     if job.threads:
         torch.set_num_threads(job.threads)
     raw = load_raw(job.protocol.dataset, job.data)
-    settings: dict[float, Setting] = {}
-    waiting = list(job.runs)
-    failed = set()
+    imbalances = dict.fromkeys(run.imbalance for run in job.runs)
+    settings = {imbalance: Setting(raw, job, imbalance) for imbalance in imbalances}
+    identities = {run: _identity(run, settings[run.imbalance]) for run in job.runs}
+
+    def without_result(runs: Iterable[Run]) -> list[Run]:
+        finished = {record.get("id") for record in results.read(job.out)}
+        left = [run for run in runs if identities[run] not in finished]
+        for run in set(runs) - set(left):
+            tally.finished(run)
+        show()
+        return left
+
+    waiting = without_result(job.runs)
     while waiting:
         later = []
         for run in waiting:
-            if run.imbalance not in settings:
-                settings[run.imbalance] = Setting(raw, job, run.imbalance)
-            setting = settings[run.imbalance]
-            identity = _identity(run, setting)
-            with results.claim(job.cache / "locks" / identity) as mine:
-                if not mine or identity in failed:
+            with results.claim(job.cache / "locks" / identities[run]) as mine:
+                if not mine or not without_result([run]):
                     continue
-                if identity in {record.get("id") for record in results.read(job.out)}:
-                    advance(estimated_cost(run))
-                    continue
+
+                def advance(share: float, found: bool = False, run: Run = run) -> None:
+                    tally.add(run, share, found)
+                    show()
+
                 try:
-                    if not _do(run, identity, setting, job, advance):
+                    if not _do(run, identities[run], settings[run.imbalance], job, advance):
                         later.append(run)
                 except Exception:  # one run that fails must not end a long plan
                     traceback.print_exc()
-                    failed.add(identity)
         waiting = later
         if waiting:
             time.sleep(2)
@@ -125,7 +131,7 @@ def _identity(run: Run, setting: Setting) -> str:
     return setting.protocol.digest(run.method, run.teacher, run.seed, setting.task.digest)
 
 
-def _do(run: Run, identity: str, setting: Setting, job: Job, advance: Advance) -> bool:
+def _do(run: Run, identity: str, setting: Setting, job: Job, advance: Callable) -> bool:
     """Makes the result of one run; False where its teacher is still being trained elsewhere."""
     task, protocol = setting.task, setting.protocol
     teacher = None
@@ -141,7 +147,6 @@ def _do(run: Run, identity: str, setting: Setting, job: Job, advance: Advance) -
         student = build(protocol.student, task.num_classes, run.seed)
         checkpoint = job.cache / "runs" / f"{identity}-{number}.pt"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        share = estimated_cost(run) / len(candidates)
         done = fit(
             student,
             candidate,
@@ -149,7 +154,7 @@ def _do(run: Run, identity: str, setting: Setting, job: Job, advance: Advance) -
             logits,
             job.machine,
             checkpoint=checkpoint,
-            advance=lambda part: advance(part * share),
+            advance=lambda share, found=False: advance(share / len(candidates), found),
         )
         score = evaluate(
             predict_with(student)(task.meta_set.inputs), task.meta_set.targets, task.groups
@@ -236,25 +241,25 @@ def execute(job: Job, processes: int) -> None:
         job: the plan.
         processes: that share it, and the GPU if there is one; 1 stays in this process.
     """
-    total = sum(map(estimated_cost, job.runs))
+    tally = Tally({run: estimated_cost(run) for run in job.runs})
     form = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} plain runs [{elapsed}<{remaining}]"
-    with tqdm(total=total, bar_format=form, mininterval=5, smoothing=0.02) as bar:
+    with tqdm(total=0, bar_format=form, mininterval=5, smoothing=0) as bar:
         if processes == 1:
-            work(job, lambda units: bar.update(min(units, total - bar.n)))
+            work(job, tally, lambda: tally.show(bar))
             return
-        done = multiprocessing.get_context("spawn").Value("d", 0.0)
-        context = multiprocessing.spawn(_worker, (job, done), processes, join=False)
+        context = multiprocessing.spawn(_worker, (job, tally), processes, join=False)
         while not context.join(timeout=5):
-            bar.update(min(done.value, total) - bar.n)
-        bar.update(min(done.value, total) - bar.n)
+            tally.show(bar)
+        tally.show(bar)
 
 
-def _worker(index: int, job: Job, done: Any) -> None:
-    def advance(units: float) -> None:
-        with done.get_lock():
-            done.value += units
+def _worker(index: int, job: Job, tally: Tally) -> None:
+    def follow_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            raise SystemExit("the process that started this one is gone.")
 
-    work(job, advance)
+    work(job, tally, follow_parent)
 
 
 def runs_of(protocol: Protocol, methods: dict[str, list[str]], uses: Callable) -> Iterator[Run]:
