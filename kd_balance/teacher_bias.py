@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kd_balance.hard_losses import log_prior
+
 _LARGEST = 4.0  # of the strength, either way
 _HALVINGS = 50
 
@@ -41,24 +43,23 @@ def prior_bias(
     Source: the shift is the logit adjustment of Menon et al., "Long-Tail Learning via Logit
     Adjustment", 2021, eq. 9; fitting its strength on the meta set is this package's.
     """
-    counts = torch.as_tensor(class_counts, dtype=torch.float64, device=teacher_logits.device)
+    by_class = log_prior(class_counts).to(teacher_logits.device, torch.float64)
     classes = teacher_logits.shape[-1]
     if teacher_logits.shape != (*targets.shape, classes) or targets.dim() != 1 or not len(targets):
         raise ValueError(
             f"teacher_logits have shape {tuple(teacher_logits.shape)} and targets "
             f"{tuple(targets.shape)}, expected [N, C] and class indices [N]."
         )
-    if counts.shape != (classes,) or not (counts > 0).all():
+    if len(by_class) != classes:
         raise ValueError(
-            f"class_counts are {counts.tolist()}, expected {classes} numbers above 0, one for each "
-            "class of the teacher."
+            f"class_counts has {len(by_class)} numbers, expected {classes}: give one for "
+            "each class of the teacher."
         )
-    log_prior = (counts / counts.sum()).log()
     logits = teacher_logits.detach().double()
     low, high = -_LARGEST, _LARGEST
     for _ in range(_HALVINGS):  # the cross entropy is convex in τ: look where its slope turns
         middle = (low + high) / 2
-        predicted = (logits - middle * log_prior).softmax(1)
-        slope = (log_prior[targets] - predicted @ log_prior).mean()
+        predicted = (logits - middle * by_class).softmax(1)
+        slope = (by_class[targets] - predicted @ by_class).mean()
         low, high = (middle, high) if slope < 0 else (low, middle)
-    return (middle * log_prior).to(teacher_logits.dtype)
+    return (middle * by_class).to(teacher_logits.dtype)
