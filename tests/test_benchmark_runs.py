@@ -124,6 +124,16 @@ def test_the_student_is_trained_with_the_average_of_the_weight_net(task, protoco
     assert all(p.grad is not None for p in method.weight_net.net.parameters())
 
 
+@pytest.mark.parametrize("options", ["floor=0.5", "scale=2", "floor=0.5,scale=2"])
+def test_learned_weights_keep_to_their_bounds(options, task, protocol):
+    method, plain = (make_method(f"bikd-online:{o}", task, protocol, 0) for o in (options, "every=1"))
+    bounds = {key: float(value) for key, value in (o.split("=") for o in options.split(","))}
+    low, high = bounds.get("floor", 0.0), bounds.get("scale", 1.0)
+    features = torch.randn(50, 2)
+    expected = torch.lerp(torch.tensor(low), torch.tensor(high), plain.weight_net(features))
+    torch.testing.assert_close(method.weight_net(features), expected)
+
+
 def test_the_rate_of_the_weight_net_falls_on_demand(task, protocol, teacher_logits):
     method = make_method("bikd-online:meta_schedule=cosine,meta_lr=0.01", task, protocol, 0)
     rates = []

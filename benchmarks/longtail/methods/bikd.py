@@ -39,8 +39,9 @@ class BiKD(Method):
         meta_schedule: "constant", or "cosine" for a rate that falls to zero over the run.
         average: decay of an exponential average of the weight net over its steps; the student is
             trained with the average's weights. 0 for the net itself.
-        scale: the weights' upper bound; they begin near the half of it. Where `normalise`, their
+        scale: the weights' upper bound; they begin near the middle. Where `normalise`, their
             mean over the batch and both losses.
+        floor: the weights' lower bound.
         normalise: 1 for weights divided by that mean, which leaves the net no say in the step's
             length.
         features: of MetaWeightNet, joined by "+"; "frequency" is the log frequency of the label.
@@ -68,6 +69,7 @@ class BiKD(Method):
         meta_schedule: str = "constant",
         average: float = 0.0,
         scale: float = 1.0,
+        floor: float = 0.0,
         normalise: int = 0,
         features: str = "student_ce+teacher_ce",
         with_meta: int = 0,
@@ -93,6 +95,7 @@ class BiKD(Method):
             own = {"frequency": LogFrequency(self.counts)}
             self.weight_net = _Scaled(
                 scale,
+                floor,
                 bool(normalise),
                 tuple(own.get(name, name) for name in features.split("+")),
                 hidden=(64,) if few_classes else (64, 64),
@@ -171,15 +174,18 @@ class _Averaged(nn.Module):
 
 
 class _Scaled(MetaWeightNet):
-    """A weight net whose weights lie between 0 and `scale`, or have it as their mean."""
+    """A weight net whose weights lie between `floor` and `scale`, or have `scale` as their mean."""
 
-    def __init__(self, scale: float, normalise: bool, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, scale: float, floor: float, normalise: bool, *args: Any, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._scale = scale
+        self._floor = floor
         self._normalise = normalise
 
     def forward(self, features: Tensor) -> Tensor:
         weights = super().forward(features)
         if self._normalise:
-            weights = weights / weights.mean()
-        return self._scale * weights
+            return self._scale * weights / weights.mean()
+        return self._floor + (self._scale - self._floor) * weights
