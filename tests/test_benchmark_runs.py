@@ -126,7 +126,8 @@ def test_the_student_is_trained_with_the_average_of_the_weight_net(task, protoco
 
 @pytest.mark.parametrize("options", ["floor=0.5", "scale=2", "floor=0.5,scale=2"])
 def test_learned_weights_keep_to_their_bounds(options, task, protocol):
-    method, plain = (make_method(f"bikd-online:{o}", task, protocol, 0) for o in (options, "every=1"))
+    method = make_method(f"bikd-online:{options}", task, protocol, 0)
+    plain = make_method("bikd-online", task, protocol, 0)
     bounds = {key: float(value) for key, value in (o.split("=") for o in options.split(","))}
     low, high = bounds.get("floor", 0.0), bounds.get("scale", 1.0)
     features = torch.randn(50, 2)
