@@ -39,6 +39,9 @@ class Tally:
 
     def show(self, bar: tqdm) -> None:
         """Brings a bar up to date, whose total shrinks by what was found."""
-        bar.total = sum(c * (1 - found) for c, found in zip(self._costs, self._found))
-        bar.update(sum(c * done for c, done in zip(self._costs, self._computed)) - bar.n)
+        shares = list(zip(self._costs, self._computed, self._found, strict=True))
+        bar.total = sum(cost * (1 - found) for cost, _, found in shares)
+        # epochs' shares add up to one only nearly
+        done = sum(cost * min(computed, 1 - found) for cost, computed, found in shares)
+        bar.update(done - bar.n)
         bar.refresh()
