@@ -230,7 +230,7 @@ def _describe(job: Job) -> dict[str, Any]:
 def estimated_cost(run: Run) -> float:
     """The cost of a run in plain runs, roughly."""
     if "bikd" in run.method:
-        return 4.0
+        return 5.0 if "paper" in run.method or "lookahead" in run.method else 4.0
     return 3.0 if run.method == "kd-chosen" else 1.0
 
 

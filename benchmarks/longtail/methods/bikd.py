@@ -81,7 +81,6 @@ class BiKD(Method):
         as_authors = method == "paper" and soft == "kl"
         self.start = start
         self.meta_source = meta
-        self.cost = 4.0 if method == "online" else 5.0
         self.options = {
             "method": method,
             "every": every,
