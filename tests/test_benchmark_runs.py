@@ -212,6 +212,23 @@ def test_logit_adjustment_subtracts_the_training_frequencies(task, protocol):
     torch.testing.assert_close(plain - adjusted, frequency.log().expand_as(plain))
 
 
+def test_tuned_adjustment_takes_the_tau_that_is_best_on_the_validation_set(
+    task, protocol, teacher_logits
+):
+    _, _, model = trained(make_method("ce", task, protocol, 0), teacher_logits, epochs=10)
+    tuned = AFTERWARDS["tuned-adjustment"](model, task, protocol, 0)
+    inputs, targets = task.validation.inputs, task.validation.targets
+    shift = predict_with(model)(inputs) - tuned(inputs)
+    tau = shift / (task.counts / task.counts.sum()).log()
+    torch.testing.assert_close(tau, tau[0, 0].expand_as(tau))
+
+    def accuracy(logits):
+        return (logits.argmax(dim=1) == targets).double().mean().item()
+
+    others = [predict_with(model)(inputs) - t * shift / tau for t in np.linspace(0, 1.5, 31)]
+    assert accuracy(tuned(inputs)) == max(map(accuracy, others)) > accuracy(others[0])
+
+
 @pytest.mark.parametrize("name", ["kd", "bs+bikd-online", "bikd-lookahead:start=0.5"])
 def test_a_killed_run_goes_on_where_it_stood(
     name, task, protocol, teacher_logits, tmp_path, monkeypatch
@@ -284,15 +301,16 @@ def run(tmp_path, monkeypatch):
 
 def test_a_plan_makes_one_row_for_each_method_and_teacher(run):
     rows = [(r["teacher"], r["method"]) for r in run()]
+    derived = ("+logit-adjustment", "+tuned-adjustment", "+retrain")
     assert rows == [
-        ("biased", "kd+logit-adjustment"), ("biased", "kd+retrain"), ("biased", "kd"),
+        *(("biased", f"kd{after}") for after in derived), ("biased", "kd"),
         ("none", "ce+logit-adjustment"), ("none", "ce"),
-        ("debiased", "kd+logit-adjustment"), ("debiased", "kd+retrain"), ("debiased", "kd"),
+        *(("debiased", f"kd{after}") for after in derived), ("debiased", "kd"),
     ]
 
 
 def test_a_result_says_how_it_was_made(run):
-    row = run("--method", "bikd-online:every=2", "--teacher-kind", "biased")[0]
+    row = run("--method", "bikd-online:every=2", "--teacher-kind", "biased")[-1]
     assert row["method"] == "bikd-online:every=2" and row["options"]["every"] == 2
     assert row["settings"]["batch_size"] == 20 and row["versions"]["torch"] == torch.__version__
     assert row["class_counts"] == [40, 18, 8, 4] and row["commit"] != ""
@@ -300,6 +318,11 @@ def test_a_result_says_how_it_was_made(run):
     assert row["seconds"] > 0 and row["teacher_metrics"]["overall"] > 0
     epochs = [epoch for epoch, _ in row["weights"]]
     assert epochs == [1, 2, 3] and np.shape(row["weights"][0][1]) == (4, 2)
+
+
+def test_a_result_is_written_for_meta_passes_in_eval_mode(run):
+    name = "bikd-online:meta_mode=eval"
+    assert run("--method", name, "--teacher-kind", "biased")[-1]["method"] == name
 
 
 def test_runs_with_a_result_are_skipped_and_lines_never_change(run, tmp_path):

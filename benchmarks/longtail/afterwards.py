@@ -34,6 +34,23 @@ def adjust_logits(student: nn.Module, task: Task, protocol: Protocol, seed: int)
     return lambda inputs: predict(inputs) - shift
 
 
+def tune_adjustment(student: nn.Module, task: Task, protocol: Protocol, seed: int) -> Predict:
+    """As :func:`adjust_logits` with the tau, 0 to 1.5, that does best on the validation set.
+
+    Without a validation set the meta set decides.
+    """
+    shift = log_prior(task.counts).to(task.device)
+    predict = predict_with(student)
+    split = task.validation if len(task.validation.targets) else task.meta_set
+    logits = predict(split.inputs)
+
+    def right(tau: float) -> int:
+        return int(((logits - tau * shift).argmax(dim=1) == split.targets).sum())
+
+    best = max((step / 20 for step in range(31)), key=right)
+    return lambda inputs: predict(inputs) - best * shift
+
+
 def retrain_classifier(student: nn.Module, task: Task, protocol: Protocol, seed: int) -> Predict:
     """A fresh last layer trained on the meta set, all other layers fixed: Kang et al. 2020.
 
@@ -61,5 +78,9 @@ def retrain_classifier(student: nn.Module, task: Task, protocol: Protocol, seed:
     return predict
 
 
-AFTERWARDS = {"logit-adjustment": adjust_logits, "retrain": retrain_classifier}
+AFTERWARDS = {
+    "logit-adjustment": adjust_logits,
+    "tuned-adjustment": tune_adjustment,
+    "retrain": retrain_classifier,
+}
 """By the name that a row carries behind its method's."""

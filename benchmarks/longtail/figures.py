@@ -23,6 +23,8 @@ SHOWN = (
     "bs+kd+meta:debias=1,hard=1,soft=1",
     "bs+bikd-online:debias=1,with_meta=1,unroll=4,every=4,"
     "features=student_ce+teacher_ce+frequency",
+    "bs+bikd-online:debias=1,with_meta=1,scale=2,unroll=4,every=4,"
+    "features=student_ce+teacher_ce+frequency",
 )
 """The methods whose accuracy is drawn class by class, beside the best one of all seeds."""
 
@@ -58,7 +60,8 @@ def draw(records: Sequence[Record], split: str, stem: Path) -> list[Path]:
 def _short(method: str) -> str:
     """A method's name without what goes without saying."""
     name, _, options = method.partition(":")
-    words = options.replace("features=student_ce+teacher_ce", "").split(",")
+    options = options.replace("features=student_ce+teacher_ce", "")
+    words = options.replace("+tuned-adjustment", ",tuned-adjustment").split(",")
     switches = {"debias=1": "debias", "with_meta=1": "with_meta"}
     return " ".join([name, *(switches.get(word, word) for word in words if word)])
 

@@ -41,13 +41,15 @@ class BiKD(Method):
             trained with the average's weights. 0 for the net itself.
         scale: the weights' upper bound; they begin near the middle. Where `normalise`, their
             mean over the batch and both losses.
-        floor: the weights' lower bound.
+        floor: the weights' lower bound; where `normalise`, as a share of their upper one.
         normalise: 1 for weights divided by that mean, which leaves the net no say in the step's
             length.
         features: of MetaWeightNet, joined by "+"; "frequency" is the log frequency of the label.
         with_meta: 1 for the meta set in the training set too.
         debias: 1 for a teacher without its ``prior_bias``.
     """
+
+    derived = ("tuned-adjustment",)
 
     def __init__(
         self,
@@ -87,8 +89,8 @@ class BiKD(Method):
             "unroll": unroll,
             "accumulate": accumulate or (5 if method == "paper" and not few_classes else 1),
             "meta_loss": meta_loss or ("mix" if as_authors and few_classes else "hard"),
-            "meta_forward": _in_eval_mode if meta_mode == "eval" else None,
         }
+        self._meta_forward = _in_eval_mode if meta_mode == "eval" else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             own = {"frequency": LogFrequency(self.counts)}
@@ -134,6 +136,7 @@ class BiKD(Method):
             meta,
             teacher=meta.teacher,
             meta_optimizer=self._meta_optimizer,
+            meta_forward=self._meta_forward,
             **self.options,
         )
 
@@ -186,5 +189,6 @@ class _Scaled(MetaWeightNet):
     def forward(self, features: Tensor) -> Tensor:
         weights = super().forward(features)
         if self._normalise:
+            weights = self._floor + (1 - self._floor) * weights
             return self._scale * weights / weights.mean()
         return self._floor + (self._scale - self._floor) * weights

@@ -20,12 +20,13 @@ class KD(Method):
     """Half cross entropy, half T² · KL(teacher ‖ student).
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2.
-    Derived from it are logit adjustment (Menon et al. 2021, eq. 9) and the control whose classifier
-    is trained anew on the meta set (Kang et al., "Decoupling Representation and Classifier for
-    Long-Tailed Recognition", 2020, section 4, there with class-balanced sampling).
+    Derived from it are logit adjustment (Menon et al. 2021, eq. 9), plain and with a chosen tau,
+    and the control whose classifier is trained anew on the meta set (Kang et al., "Decoupling
+    Representation and Classifier for Long-Tailed Recognition", 2020, section 4, there with
+    class-balanced sampling).
     """
 
-    derived = ("logit-adjustment", "retrain")
+    derived = ("logit-adjustment", "tuned-adjustment", "retrain")
     alpha: ClassVar[float] = 0.5
 
     def __init__(self, task: Task, protocol: Protocol, seed: int, **options: int) -> None:
@@ -80,6 +81,8 @@ class BalancedSoftmaxKD(Method):
         hard, soft: weights of the two losses; one and one is the most that BiKD's net can give.
         debias: as for every method.
     """
+
+    derived = ("tuned-adjustment",)
 
     def __init__(
         self,
