@@ -173,6 +173,26 @@ def test_attributes_are_left_as_the_plain_loop_leaves_them():
     assert len(lab.student.last) == 9
 
 
+class OneBlockTwice(nn.Module):
+    """A module with two names, each of whose tensors is tied to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.second = self.first
+        self.last = nn.Linear(8, CLASSES)
+
+    def forward(self, inputs):
+        hidden = torch.tanh(self.first(inputs))
+        return self.last(torch.tanh(self.second(hidden)))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_module_with_several_names(steps):
+    assert_differentiates(plain(steps), steps=steps, make=OneBlockTwice)
+    assert_leaves_what_the_plain_loop_leaves(plain(steps), make=OneBlockTwice)
+
+
 # memory formats, activation checkpointing
 
 

@@ -137,6 +137,7 @@ class StudentCall:
         @contextmanager
         def as_recorded() -> Iterator[None]:
             state = {**{name: buffer.clone() for name, buffer in buffers.items()}, **given}
+            everywhere = _wherever_tied(module, state)
             with ExitStack() as stack:
                 active = _get_current_function_mode_stack()
                 for mode in modes:  # gone where a checkpoint computes again
@@ -146,7 +147,7 @@ class StudentCall:
                 stack.enter_context(_training_flags(self.student, self.training))
                 stack.enter_context(_preserved_attributes(self.student))
                 stack.enter_context(differentiable_operators(self.student))
-                stack.enter_context(_reparametrize_module(module, state, tie_weights=True))
+                stack.enter_context(_reparametrize_module(module, everywhere))
                 yield
 
         with recomputed_under(as_recorded), as_recorded():
@@ -158,10 +159,25 @@ def leaves_of(output: Any) -> list[Any]:
     leaves = []
     for leaf in tree_leaves(output):
         if is_dataclass(leaf) and not isinstance(leaf, type):
-            leaves += leaves_of([getattr(leaf, field.name) for field in fields(leaf)])
+            leaves += leaves_of([getattr(leaf, part.name) for part in fields(leaf)])
         else:
             leaves.append(leaf)
     return leaves
+
+
+def _wherever_tied(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state under all names of tied tensors, but under one name of a module that has several.
+
+    torch's own way of tying swaps such a module's tensors twice, and leaves it with the new ones.
+    """
+    places = {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, part in module.named_modules()
+        for name, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None
+    }
+    new = {places[name]: value for name, value in state.items() if name in places}
+    return {**state, **{name: new[old] for name, old in places.items() if old in new}}
 
 
 @contextmanager
