@@ -129,11 +129,18 @@ class MetaWeightNet(nn.Module):
             callables ``(student_logits [N, C], teacher_logits [N, C], targets) -> [N]`` such as
             :class:`LogFrequency`. Those that are modules become part of the net.
         hidden: widths of the hidden layers, tanh between them.
+        mean: what the weights of a batch, hard and soft together, are scaled to on average. The
+            net then shares out weight between samples and losses, and has no say in the length
+            of the student's step, which a hypergradient through few steps would shorten. None
+            leaves every weight free.
+        ratio: with `mean`, how many times the smallest weight the largest can be.
 
-    Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1).
+    Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1), or with `mean`
+    in (mean / ratio, mean · ratio). Ignored positions count as samples in the average.
 
     Raises:
-        ValueError: an unknown feature name, no feature, or a width below one.
+        ValueError: an unknown feature name, no feature, a width below one, a mean that is not
+            positive, or a ratio that is not above one.
 
     Example::
 
@@ -141,13 +148,17 @@ class MetaWeightNet(nn.Module):
         weights = weight_net(torch.rand(8, 3))  # [8, 2]
 
     Source: BiKD (arXiv 2605.17839); the architecture is that of the authors' program, which uses
-    hidden layers (64, 64) for 100 classes and (64,) for 10.
+    hidden layers (64, 64) for 100 classes and (64,) for 10. `mean` and `ratio` are not in the
+    paper; see ``benchmarks/results`` for what they gain.
     """
 
     def __init__(
         self,
         features: Sequence[str | Feature] = DEFAULT_FEATURES,
         hidden: Sequence[int] = (64, 64),
+        *,
+        mean: float | None = None,
+        ratio: float = 4.0,
     ) -> None:
         super().__init__()
         if isinstance(features, str) or not features:
@@ -163,6 +174,15 @@ class MetaWeightNet(nn.Module):
                 )
         if any(width < 1 for width in hidden):
             raise ValueError(f"hidden is {tuple(hidden)}, expected widths of at least 1.")
+        if mean is not None and not mean > 0:
+            raise ValueError(
+                f"mean is {mean}, expected a positive number: the average weight of fixed weights "
+                "is one half for alpha=0.5."
+            )
+        if not ratio > 1:
+            raise ValueError(f"ratio is {ratio}, expected more than 1, which leaves fixed weights.")
+        self.mean = mean
+        self.ratio = ratio
         self.features = tuple(features)
         self.feature_modules = nn.ModuleList(
             feature for feature in features if isinstance(feature, nn.Module)
@@ -174,4 +194,9 @@ class MetaWeightNet(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 2), nn.Sigmoid())
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)
+        weights = self.layers(features)
+        if self.mean is None:
+            return weights
+        smallest = 1 / self.ratio
+        weights = smallest + (1 - smallest) * weights
+        return self.mean * weights / weights.mean()

@@ -19,13 +19,15 @@ def hypergradient(
     unroll=1,
     dtype=torch.float64,
     groups=False,
+    weights=None,
     **settings,
 ):
     """The hypergradient of one window after 0 or 3 plain steps, and the parameters after it."""
     run = Run(student, dtype)
     params = two_groups(run.student) if groups else run.student.parameters()
     inner = OPTIMIZERS[optimizer](params)
-    criterion = WeightedKDLoss(MetaWeightNet(hidden=(8,)).to(dtype), temperature=2.0)
+    weight_net = MetaWeightNet(hidden=(8,), **(weights or {})).to(dtype)
+    criterion = WeightedKDLoss(weight_net, temperature=2.0)
     steps = run.batches(3 + unroll)
     meta = run.meta_batches(2)
     if not warm:
@@ -95,6 +97,11 @@ def test_engines_agree_for_every_meta_loss(meta_loss):
     if meta_loss == "callable":
         meta_loss = nn.MultiMarginLoss()
     assert_engines_agree("mlp", meta_loss=meta_loss, teacher=teacher)
+
+
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_engines_agree_over_weights_that_depend_on_each_other(unroll):
+    assert_engines_agree("mlp", unroll=unroll, weights={"mean": 0.5, "ratio": 3.0})
 
 
 class Table(nn.Module):

@@ -202,6 +202,15 @@ def test_weights_may_differ_by_class_alone():
     torch.testing.assert_close(criterion.weights, criterion.weight_net(log_shares).detach())
 
 
+def test_a_mean_and_a_ratio_bind_the_weights():
+    net = MetaWeightNet(mean=0.25, ratio=3.0)
+    with torch.no_grad():  # as far apart as a sigmoid goes
+        net.layers[-2].weight.mul_(1e4)
+    weights = net(5 * torch.randn(50, 2)).detach()
+    assert weights.mean().item() == pytest.approx(0.25)
+    assert weights.max() / weights.min() == pytest.approx(3.0)
+
+
 def test_features_that_are_modules_move_and_are_saved_with_the_net():
     net = MetaWeightNet((LogFrequency([3, 1]),)).double()
     assert net.features[0].log_prior.dtype == torch.float64
@@ -220,6 +229,8 @@ REFUSED = {
     "feature 'student_loss' is unknown": lambda: MetaWeightNet(("student_loss",)),
     "features is 'kl'": lambda: MetaWeightNet("kl"),
     "hidden is \\(0,\\)": lambda: MetaWeightNet(hidden=(0,)),
+    "mean is 0": lambda: MetaWeightNet(mean=0),
+    "ratio is 1": lambda: MetaWeightNet(mean=0.5, ratio=1),
     "student_logits have shape \\(5,\\)": lambda: WeightedKDLoss()(
         torch.zeros(5), torch.zeros(5), torch.tensor(0)
     ),

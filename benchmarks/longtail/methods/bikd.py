@@ -39,11 +39,9 @@ class BiKD(Method):
         meta_schedule: "constant", or "cosine" for a rate that falls to zero over the run.
         average: decay of an exponential average of the weight net over its steps; the student is
             trained with the average's weights. 0 for the net itself.
-        scale: the weights' upper bound; they begin near the middle. Where `normalise`, their
-            mean over the batch and both losses.
-        floor: the weights' lower bound; where `normalise`, as a share of their upper one.
-        normalise: 1 for weights divided by that mean, which leaves the net no say in the step's
-            length.
+        scale: the weights' upper bound; they begin near the middle.
+        floor: the weights' lower bound.
+        normalise: 1 for a MetaWeightNet with `mean` = scale and `ratio` = 1 / floor.
         features: of MetaWeightNet, joined by "+"; "frequency" is the log frequency of the label.
         with_meta: 1 for the meta set in the training set too.
         debias: 1 for a teacher without its ``prior_bias``.
@@ -94,13 +92,13 @@ class BiKD(Method):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             own = {"frequency": LogFrequency(self.counts)}
-            self.weight_net = _Scaled(
-                scale,
-                floor,
-                bool(normalise),
-                tuple(own.get(name, name) for name in features.split("+")),
-                hidden=(64,) if few_classes else (64, 64),
-            )
+            seen = tuple(own.get(name, name) for name in features.split("+"))
+            hidden = (64,) if few_classes else (64, 64)
+            if normalise:
+                ratio = 1 / floor if floor else math.inf
+                self.weight_net = MetaWeightNet(seen, hidden, mean=scale, ratio=ratio)
+            else:
+                self.weight_net = _Bounded(floor, scale, seen, hidden)
         self._meta_optimizer = torch.optim.Adam(
             self.weight_net.parameters(), lr=meta_lr, weight_decay=1e-4
         )
@@ -175,20 +173,13 @@ class _Averaged(nn.Module):
         self.average.update_parameters(self.net)
 
 
-class _Scaled(MetaWeightNet):
-    """A weight net whose weights lie between `floor` and `scale`, or have `scale` as their mean."""
+class _Bounded(MetaWeightNet):
+    """A weight net whose weights lie between two bounds."""
 
-    def __init__(
-        self, scale: float, floor: float, normalise: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._scale = scale
-        self._floor = floor
-        self._normalise = normalise
+    def __init__(self, low: float, high: float, *args: Any) -> None:
+        super().__init__(*args)
+        self._low = low
+        self._high = high
 
     def forward(self, features: Tensor) -> Tensor:
-        weights = super().forward(features)
-        if self._normalise:
-            weights = self._floor + (1 - self._floor) * weights
-            return self._scale * weights / weights.mean()
-        return self._floor + (self._scale - self._floor) * weights
+        return self._low + (self._high - self._low) * super().forward(features)
