@@ -16,10 +16,9 @@ import torch
 from longtail.fit import Machine
 from longtail.methods import METHODS, parse
 from longtail.models import MODELS
+from longtail.plan import runs_of
 from longtail.protocol import FOLDER, load_protocol
-from longtail.runner import Job, execute, runs_of
-
-WITHOUT_TEACHER = ("ce", "bs", "drw")
+from longtail.runner import Job, execute
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
         changes["imbalances"] = tuple(args.imbalance)
     if args.seeds:
         changes["seeds"] = tuple(args.seeds)
-    protocol = protocol.replace(**changes)
 
     plan = dict(protocol.plan)
     if args.teacher_kind:
@@ -43,8 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.method:
         for spec in args.method:
             parse(spec)
-        plan = {kind: args.method for kind in plan}
-    runs = tuple(runs_of(protocol, plan, lambda spec: parse(spec)[0] not in WITHOUT_TEACHER))
+        plan = {kind: tuple(args.method) for kind in plan}
+    protocol = protocol.replace(**changes, plan=tuple(plan.items()))
+    runs = tuple(runs_of(protocol))
     if args.list:
         print("\n".join(f"{r.imbalance:g} {r.teacher} {r.method} seed {r.seed}" for r in runs))
         return

@@ -2,7 +2,8 @@
 
     python benchmarks/report.py benchmarks/results/cpu.jsonl
 
-writes ``cpu.md`` and the figures that it shows beside the results.
+writes ``cpu.md`` and the figures that it shows beside the results. A protocol without results gets
+a report of what it plans.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from longtail import figures, results
+from longtail.protocol import FOLDER, load_protocol
 from longtail.table import markdown
 
 
@@ -23,12 +25,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     for path in args.results:
         records = [record for record in results.read(path) if record.get(args.split)]
-        if not records:
+        planned = (FOLDER / f"{path.stem}.json").exists()
+        if not records and not planned:
             parser.error(f"{path} holds no results on the {args.split} set.")
         suffix = "" if args.split == "test" else f"-{args.split}"
         out = path.with_name(f"{path.stem}{suffix}.md")
-        pictures = figures.draw(records, args.split, out.with_suffix(""))
-        out.write_text(markdown(records, args.split, path.name, pictures))
+        pictures = figures.draw(records, args.split, out.with_suffix("")) if records else []
+        protocol = load_protocol(path.stem) if planned else None
+        out.write_text(markdown(records, args.split, path.name, pictures, protocol))
         print(f"{out}: {len(records)} results")
 
 

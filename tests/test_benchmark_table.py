@@ -8,6 +8,7 @@ import torch
 from tests import benchmark_path  # noqa: F401
 
 from longtail.metrics import evaluate, expected_calibration_error
+from longtail.protocol import load_protocol
 from longtail.table import grouped, markdown, paired_test
 
 
@@ -81,3 +82,21 @@ def test_the_report_shows_mean_spread_gain_and_cost():
     assert order == ["| ours", "| kd"]
     without = text.split("No teacher")[1]
     assert "| bs | 2 |" in without and "+9.5 (p = 0.033)" in without
+
+
+def test_what_was_planned_and_not_run_is_listed():
+    plan = (("biased", ("kd", "ours", "bs")), ("debiased", ("kd", "bs")))
+    protocol = load_protocol("cpu").replace(plan=plan)
+    text = markdown(RECORDS, "test", "cpu.jsonl", protocol=protocol)
+    missing = text.split("## Planned and not run")[1].split("## Settings")[0]
+    assert missing.split("\n") == [
+        "",
+        "",
+        "- Imbalance 100. Teacher trained with balanced softmax (debiased). Seeds 0, 1, 2: `kd`.",
+        "- Imbalance 100. No teacher. Seeds 2: `bs`.",
+        "",
+        "",
+    ]
+    protocol = protocol.replace(plan=(("biased", ("kd", "ours")),))
+    assert "the plan is complete" in markdown(RECORDS, "test", "cpu.jsonl", protocol=protocol)
+    assert "| method |" not in markdown([], "test", "cpu.jsonl", protocol=protocol)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
@@ -21,18 +21,10 @@ from longtail.fit import Machine, Progress, fit
 from longtail.methods import Method, make_method
 from longtail.metrics import evaluate
 from longtail.models import build
+from longtail.plan import Run
 from longtail.protocol import Protocol
 from longtail.tally import Tally
 from longtail.teachers import Teacher, obtain_teacher, teacher_path
-
-
-class Run(NamedTuple):
-    """One cell of the table: `teacher` is "none" for methods without one."""
-
-    imbalance: float
-    teacher: str
-    method: str
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -260,22 +252,3 @@ def _worker(index: int, job: Job, tally: Tally) -> None:
             raise SystemExit("the process that started this one is gone.")
 
     work(job, tally, follow_parent)
-
-
-def runs_of(protocol: Protocol, methods: dict[str, list[str]], uses: Callable) -> Iterator[Run]:
-    """The runs in order: the first seed of all methods, then the next seed.
-
-    Args:
-        protocol: its imbalances and seeds.
-        methods: specifications by kind of teacher.
-        uses: whether a specification uses a teacher.
-    """
-    seen = set()
-    for imbalance in protocol.imbalances:
-        for seed in protocol.seeds:
-            for teacher, specs in methods.items():
-                for spec in specs:
-                    run = Run(imbalance, teacher if uses(spec) else "none", spec, seed)
-                    if run not in seen:
-                        seen.add(run)
-                        yield run

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longtail.plan import Run, not_run
+from longtail.protocol import Protocol
+
 Record = dict[str, Any]
 
 COLUMNS = ("overall", "many", "medium", "few", "worst", "ece")
@@ -63,24 +66,32 @@ def paired_test(
 
 
 def markdown(
-    records: Sequence[Record], split: str, source: str, pictures: Sequence[Path] = ()
+    records: Sequence[Record],
+    split: str,
+    source: str,
+    pictures: Sequence[Path] = (),
+    protocol: Protocol | None = None,
 ) -> str:
-    """The whole report."""
-    first = records[0]
-    names = sorted({record["protocol"] for record in records})
-    lines = [f"# {', '.join(names)}: {split} accuracy by method", ""]
-    lines += [
-        f"Made from `{source}` by `python benchmarks/report.py benchmarks/results/{source}`; the "
-        f"results by `python benchmarks/long_tail.py --protocol {first['protocol']} --data DATA`.",
-        "",
-        "Percent, mean ± standard deviation over seeds. Many, medium and few are the thirds of the "
-        "classes by training samples, worst is the worst class, ECE the expected calibration error "
-        "(lower is better). Gains are against KD with the same teacher (without a teacher: with "
-        "the biased one) over common seeds, with the p-value of a paired t test. Cost is the "
-        "processor time of the training loop in units of KD's; the teacher's logits are computed "
-        "beforehand for all methods alike and are in none of these.",
-        "",
-    ]
+    """The whole report; what the protocol plans and the records lack stands at its end."""
+    name = Path(source).stem
+    results_by = f"`python benchmarks/long_tail.py --protocol {name} --data DATA`"
+    lines = [f"# {name}: {split} accuracy by method", ""]
+    if records:
+        lines += [
+            f"Made from `{source}` by `python benchmarks/report.py benchmarks/results/{source}`; "
+            f"the results by {results_by}.",
+            "",
+            "Percent, mean ± standard deviation over seeds. Many, medium and few are the thirds of "
+            "the classes by training samples, worst is the worst class, ECE the expected "
+            "calibration error (lower is better). Gains are against KD with the same teacher "
+            "(without a teacher: with the biased one) over common seeds, with the p-value of a "
+            "paired t test. Cost is the processor time of the training loop in units of KD's; the "
+            "teacher's logits are computed beforehand for all methods alike and are in none of "
+            "these.",
+            "",
+        ]
+    else:
+        lines += [f"Nothing has been run; {results_by} does.", ""]
     tables = grouped(records)
     for group, methods in tables.items():
         with_kd = group if group.teacher != "none" else group._replace(teacher="biased")
@@ -89,7 +100,10 @@ def markdown(
         lines += [f"## {group.dataset}, imbalance {group.imbalance:g}: {title}", ""]
         lines += _teacher_line(methods)
         lines += _rows(methods, reference, split) + [""]
-    lines += _settings(records) + [""]
+    if protocol is not None:
+        lines += _not_run(not_run(protocol, records)) + [""]
+    if records:
+        lines += _settings(records) + [""]
     for picture in pictures:
         lines += [f"![{picture.stem}]({picture.name})", ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -146,6 +160,23 @@ def _teacher_line(methods: dict[str, list[Record]]) -> list[str]:
     metrics = found["teacher_metrics"]
     values = ", ".join(f"{column} {metrics[column]:.1f}" for column in COLUMNS)
     return [f"The teacher itself ({found['settings']['teacher']}): {values}.", ""]
+
+
+def _not_run(runs: Sequence[Run]) -> list[str]:
+    lines = ["## Planned and not run", ""]
+    if not runs:
+        return [*lines, "None: the plan is complete."]
+    cells: dict[tuple[float, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        cells[run.imbalance, run.teacher][run.method].append(run.seed)
+    for (imbalance, teacher), methods in cells.items():
+        by_seeds: dict[str, list[str]] = defaultdict(list)
+        for method, seeds in methods.items():
+            by_seeds[", ".join(map(str, seeds))].append(f"`{method}`")
+        for seeds, names in by_seeds.items():
+            title = _TEACHERS.get(teacher, f"Teacher {teacher}")
+            lines.append(f"- Imbalance {imbalance:g}. {title}. Seeds {seeds}: {', '.join(names)}.")
+    return lines
 
 
 def _settings(records: Sequence[Record]) -> list[str]:
