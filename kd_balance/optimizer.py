@@ -148,12 +148,7 @@ class BilevelOptimizer(Optimizer):
         self.__setstate__({})  # gives this optimizer its own step hooks
         _supersede_wrapper_of(module)
         self._gradient_watch = GradientWatch(module, optimizer)
-        self._recorder = Recorder(
-            student,
-            criterion,
-            self._gradient_watch,
-            keep_outputs=engine == "adjoint" and unroll == 1,
-        )
+        self._recorder = Recorder(student, criterion, self._gradient_watch)
         _watching.add(self)
         self._open_window()
 

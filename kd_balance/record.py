@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd_balance.clipping import GradientWatch
 from kd_balance.hooks import WeakHook
 from kd_balance.loss import WeightedKDLoss
-from kd_balance.replay import StudentCall, kept_outputs, leaves_of, replayable
+from kd_balance.replay import StudentCall, leaves_of, replayable
 from kd_balance.replay.memory_format import ReplayFormat
 
 
@@ -74,24 +74,12 @@ class Recorder:
     A student call is kept by the graph of its output, a criterion call by that of its result, so
     what the loop drops is gone. From its backward pass until it is taken, or its gradient is
     cleared, a criterion call is held here.
-
-    Args:
-        student, criterion: whose calls are watched.
-        gradients: tells when the loop has cleared gradients.
-        keep_outputs: hold outputs of the newest student call's convolutions too, on a CPU.
     """
 
     def __init__(
-        self,
-        student: nn.Module,
-        criterion: WeightedKDLoss,
-        gradients: GradientWatch,
-        *,
-        keep_outputs: bool,
+        self, student: nn.Module, criterion: WeightedKDLoss, gradients: GradientWatch
     ) -> None:
         self.active = False
-        self._keep_outputs = keep_outputs
-        self._newest: list[Tensor] = []
         self._gradients = gradients
         self._student = replayable(student)
         self._criterion = criterion
@@ -111,7 +99,6 @@ class Recorder:
         for kept in self._kept:
             kept.call = None
         calls, self._calls = self._calls, []
-        self._newest = []
         return calls
 
     def gradients_cleared(self) -> None:
@@ -124,7 +111,6 @@ class Recorder:
         """Stops watching."""
         for handle in self._handles:
             handle.remove()
-        self._newest.clear()
 
     def _before_student(
         self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -137,7 +123,6 @@ class Recorder:
         self._criterion.follow(next(self._student.parameters()).device)
         self._entered = None
         if self.active and torch.is_grad_enabled():
-            self._newest.clear()
             self._entered = StudentCall.about_to_happen(
                 self._student, args, kwargs, self._format
             )
@@ -147,15 +132,11 @@ class Recorder:
             return
         call, self._entered = self._entered, None
         call.draws_random_numbers = not call.random_state.cpu.equal(torch.get_rng_state())
-        leaves = enumerate(leaves_of(output))
-        results = [(i, x) for i, x in leaves if isinstance(x, Tensor) and x.grad_fn is not None]
-        if self._keep_outputs and call.device.type == "cpu":
-            call.convolutions += kept_outputs(result for _, result in results)
-        self._newest = call.convolutions
-        for index, result in results:
-            node: Any = result.grad_fn
-            calls = node.metadata.setdefault(self, {})
-            calls[result.output_nr] = self._keep(replace(call, leaf=index))
+        for index, leaf in enumerate(leaves_of(output)):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                node: Any = leaf.grad_fn
+                calls = node.metadata.setdefault(self, {})
+                calls[leaf.output_nr] = self._keep(replace(call, leaf=index))
 
     def _after_criterion(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor

@@ -120,8 +120,7 @@ def _forward_mode(
             param = param.detach().requires_grad_(with_curvature)
             tangent = direction.get(name)
             duals[name] = param if tangent is None else fwAD.make_dual(param, tangent)
-        taken_over = call.student_call.convolutions if not with_curvature else ()
-        with FusedRules(tangents=True, convolutions=taken_over):
+        with FusedRules(tangents=True):
             dual_logits = call.logits(duals)
         if with_curvature:
             losses = call.losses(criterion, dual_logits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -55,8 +55,6 @@ class StudentCall:
     format: ReplayFormat
     draws_random_numbers: bool = False
     leaf: int = 0  # which leaf of the output's pytree are the logits
-    convolutions: list[Tensor] = field(default_factory=list)
-    """What some of its convolutions gave, in their order, until a replay takes it over."""
 
     @classmethod
     def about_to_happen(
