@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ SHOWN = (
     "bs+bikd-online:debias=1,with_meta=1,unroll=4,every=4,"
     "features=student_ce+teacher_ce+frequency",
     "bs+bikd-online:debias=1,with_meta=1,scale=2,unroll=4,every=4,"
+    "features=student_ce+teacher_ce+frequency",
+    "bs+bikd-online:debias=1,with_meta=1,unroll=4,every=4,scale=0.25,floor=0.25,normalise=1,"
     "features=student_ce+teacher_ce+frequency",
 )
 """The methods whose accuracy is drawn class by class, beside the best one of all seeds."""
@@ -61,9 +64,15 @@ def _short(method: str) -> str:
     """A method's name without what goes without saying."""
     name, _, options = method.partition(":")
     options = options.replace("features=student_ce+teacher_ce", "")
+    options = re.sub(r"unroll=(\d+),every=\1", r"unroll=\1", options)
+    options = re.sub(r"scale=([\d.]+),floor=([\d.]+),normalise=1", _mean_and_ratio, options)
     words = options.replace("+tuned-adjustment", ",tuned-adjustment").split(",")
     switches = {"debias=1": "debias", "with_meta=1": "with_meta"}
     return " ".join([name, *(switches.get(word, word) for word in words if word)])
+
+
+def _mean_and_ratio(bounds: re.Match[str]) -> str:
+    return f"mean={bounds[1]},ratio={1 / float(bounds[2]):g}"
 
 
 def _title(group: Group) -> str:
@@ -110,7 +119,14 @@ def _cost_and_accuracy(
     overall = {method: _overall(rows, split) for method, rows in methods.items()}
     drawn = {m: rows for m, rows in methods.items() if overall[m] > 0.5 * max(overall.values())}
     left_out = [_short(method) for method in methods if method not in drawn]
-    figure, panels = plt.subplots(1, 2, figsize=(15, 1.5 + 0.2 * max(20, len(drawn))), sharex=True)
+    figure, panels = plt.subplots(
+        1,
+        2,
+        figsize=(18, 1.5 + 0.2 * max(20, len(drawn))),
+        sharex=True,
+        # room for the names beside each panel
+        gridspec_kw={"wspace": 1.6, "left": 0.05, "right": 0.72},
+    )
     unit = cost(methods["kd"]) if "kd" in methods else 1.0
     for axes, column in zip(panels, ("overall", "few")):
         points = []
@@ -132,8 +148,8 @@ def _cost_and_accuracy(
         axes.set_ylabel(f"{split} accuracy, {column} (%)")
         axes.grid(alpha=0.3, which="both")
     note = f"; not drawn, near chance: {', '.join(left_out)}" if left_out else ""
-    figure.suptitle(f"{_title(group)}: cost and accuracy (BiKD in red{note})")
-    figure.tight_layout()
+    title = f"{_title(group)}: cost and accuracy (BiKD in red{note})"
+    figure.suptitle(textwrap.fill(title, 120), y=0.9, va="bottom")
     return _save(figure, path)
 
 
