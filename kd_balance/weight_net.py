@@ -129,7 +129,7 @@ class MetaWeightNet(nn.Module):
             callables ``(student_logits [N, C], teacher_logits [N, C], targets) -> [N]`` such as
             :class:`LogFrequency`. Those that are modules become part of the net.
         hidden: widths of the hidden layers, tanh between them.
-        mean: what the weights of a batch, hard and soft together, are scaled to on average. The
+        mean: what the weights of one call, hard and soft together, are scaled to on average. The
             net then shares out weight between samples and losses, and has no say in the length
             of the student's step, which a hypergradient through few steps would shorten. None
             leaves every weight free.
