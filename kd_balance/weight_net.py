@@ -180,7 +180,10 @@ class MetaWeightNet(nn.Module):
                 "is one half for alpha=0.5."
             )
         if not ratio > 1:
-            raise ValueError(f"ratio is {ratio}, expected more than 1, which leaves fixed weights.")
+            raise ValueError(
+                f"ratio is {ratio}, expected more than 1: for weights that are all the same leave "
+                "the weight net out of WeightedKDLoss."
+            )
         self.mean = mean
         self.ratio = ratio
         self.features = tuple(features)

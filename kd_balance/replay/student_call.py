@@ -159,7 +159,7 @@ def leaves_of(output: Any) -> list[Any]:
     leaves = []
     for leaf in tree_leaves(output):
         if is_dataclass(leaf) and not isinstance(leaf, type):
-            leaves += leaves_of([getattr(leaf, part.name) for part in fields(leaf)])
+            leaves += leaves_of([getattr(leaf, field.name) for field in fields(leaf)])
         else:
             leaves.append(leaf)
     return leaves
