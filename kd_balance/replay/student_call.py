@@ -170,12 +170,10 @@ def _wherever_tied(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
 
     torch's own way of tying swaps such a module's tensors twice, and leaves it with the new ones.
     """
-    places = {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, part in module.named_modules()
-        for name, tensor in (*part._parameters.items(), *part._buffers.items())
-        if tensor is not None
-    }
+    places: dict[str, Tensor] = {}
+    for prefix, part in module.named_modules():
+        places.update(part.named_parameters(prefix, recurse=False, remove_duplicate=False))
+        places.update(part.named_buffers(prefix, recurse=False, remove_duplicate=False))
     new = {places[name]: value for name, value in state.items() if name in places}
     return {**state, **{name: new[old] for name, old in places.items() if old in new}}
 
