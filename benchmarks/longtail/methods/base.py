@@ -18,7 +18,6 @@ class Method:
     A subclass gives :meth:`loss`, and overrides of the rest what it needs.
 
     Attributes:
-        uses_teacher: whether teacher logits are to be computed for it.
         trains_on_meta: whether the meta set joins the training set.
         derived: what else is made of the trained student, names in ``longtail.afterwards``.
         cost: time of a run in units of a plain one, roughly, for the progress bar alone.
@@ -27,7 +26,6 @@ class Method:
         debiases: whether the teacher's logits lose their ``prior_bias``, found on the meta set.
     """
 
-    uses_teacher: ClassVar[bool] = True
     trains_on_meta: ClassVar[bool] = False
     derived: ClassVar[tuple[str, ...]] = ()
     cost: float = 1.0

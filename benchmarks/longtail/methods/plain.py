@@ -16,7 +16,6 @@ class CrossEntropy(Method):
     adjustment", 2021, eq. 9.
     """
 
-    uses_teacher = False
     derived = ("logit-adjustment",)
 
     def loss(
@@ -27,8 +26,6 @@ class CrossEntropy(Method):
 
 class BalancedSoftmaxAlone(Method):
     """Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", 2020, eq. 4."""
-
-    uses_teacher = False
 
     def loss(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, progress: float
@@ -42,8 +39,6 @@ class DeferredReweighting(Method):
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
     2019, algorithm 1 (160 of 200 epochs, beta 0.9999), without its margin.
     """
-
-    uses_teacher = False
 
     def loss(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, progress: float
