@@ -4,6 +4,10 @@
 
 writes ``cpu.md`` and the figures that it shows beside the results. A protocol without results gets
 a report of what it plans.
+
+    python benchmarks/report.py benchmarks/results/cpu.jsonl --against bs+kd
+
+writes nothing, and prints what every method has more than that one, seed by seed.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ import argparse
 from pathlib import Path
 
 from longtail import figures, results
+from longtail.paired import against
 from longtail.protocol import FOLDER, load_protocol
-from longtail.table import markdown
+from longtail.table import grouped, markdown
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,12 +27,19 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("results", type=Path, nargs="+", help="JSON lines of long_tail.py")
     parser.add_argument("--split", default="test", choices=("test", "validation"))
+    parser.add_argument("--against", metavar="METHOD", help="print differences to this method")
     args = parser.parse_args(arguments)
     for path in args.results:
         records = [record for record in results.read(path) if record.get(args.split)]
         planned = (FOLDER / f"{path.stem}.json").exists()
         if not records and not planned:
             parser.error(f"{path} holds no results on the {args.split} set.")
+        if args.against:
+            tables = {group.title: methods for group, methods in grouped(records).items()}
+            if not any(args.against in methods for methods in tables.values()):
+                parser.error(f"{path} has no result of {args.against!r}, expected a method in it.")
+            print(against(args.against, tables, args.split))
+            continue
         suffix = "" if args.split == "test" else f"-{args.split}"
         out = path.with_name(f"{path.stem}{suffix}.md")
         pictures = figures.draw(records, args.split, out.with_suffix("")) if records else []

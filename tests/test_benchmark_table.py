@@ -8,8 +8,9 @@ import torch
 from tests import benchmark_path  # noqa: F401
 
 from longtail.metrics import evaluate, expected_calibration_error
+from longtail.paired import against, paired_gain
 from longtail.protocol import load_protocol
-from longtail.table import grouped, markdown, paired_test
+from longtail.table import grouped, markdown
 
 
 def test_accuracies_by_group_are_means_over_classes():
@@ -53,15 +54,37 @@ RECORDS = [
 def test_the_paired_test_removes_what_seeds_share():
     tables = grouped(RECORDS)
     methods = next(iter(tables.values()))
-    gain, p, seeds = paired_test(methods["ours"], methods["kd"], "test", "overall")
-    assert gain == pytest.approx(5.0333, abs=1e-3) and seeds == 3
+    gain = paired_gain(methods["ours"], methods["kd"], "test", "overall")
+    assert gain.mean == pytest.approx(5.0333, abs=1e-3) and gain.seeds == 3
+    assert gain.deviation == pytest.approx(0.1 / 3**0.5)
     # t = mean / (sd / sqrt(3)) = 151 with two degrees of freedom
-    assert p == pytest.approx(4.385e-5, rel=0.01)
+    assert gain.p == pytest.approx(4.385e-5, rel=0.01)
 
 
 def test_one_common_seed_allows_no_test():
-    gain, p, seeds = paired_test([record("ours", 2, 47.0)], RECORDS[:3], "test", "overall")
-    assert (gain, p, seeds) == (5.0, None, 1)
+    gain = paired_gain([record("ours", 2, 47.0)], RECORDS[:3], "test", "overall")
+    assert gain == (5.0, None, None, 1)
+
+
+def test_differences_to_any_method():
+    more = [
+        record("third", 0, 44.0, few=3.0),
+        record("fourth", 1, 45.0),
+        record("elsewhere", 0, 1.0, teacher="debiased"),
+    ]
+    tables = {group.title: rows for group, rows in grouped([*RECORDS, *more]).items()}
+    assert against("kd", tables, "test").split("\n") == [
+        "## cifar10, imbalance 100: Teacher trained with cross entropy (biased)",
+        "",
+        "Against `kd`, seed by seed.",
+        "",
+        "| method | seeds | overall | few |",
+        "|---|---:|---:|---:|",
+        "| ours | 3 | +5.0 ± 0.1 (p = 4.4e-05) | +0.0 ± 0.0 |",
+        "| third | 1 | +4.0 | +2.0 |",
+        "| fourth | 1 | +4.0 | +0.0 |",
+        "",
+    ]
 
 
 def test_of_a_repeated_seed_the_last_result_counts():

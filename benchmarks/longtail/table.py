@@ -6,12 +6,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from longtail.paired import Record, paired_gain
 from longtail.plan import Run, not_run
 from longtail.protocol import Protocol
-
-Record = dict[str, Any]
 
 COLUMNS = ("overall", "many", "medium", "few", "worst", "ece")
 _TEACHERS = {
@@ -27,6 +26,11 @@ class Group(NamedTuple):
     dataset: str
     imbalance: float
     teacher: str
+
+    @property
+    def title(self) -> str:
+        teacher = _TEACHERS.get(self.teacher, f"Teacher {self.teacher}")
+        return f"{self.dataset}, imbalance {self.imbalance:g}: {teacher}"
 
 
 def grouped(records: Sequence[Record]) -> dict[Group, dict[str, list[Record]]]:
@@ -46,23 +50,6 @@ def grouped(records: Sequence[Record]) -> dict[Group, dict[str, list[Record]]]:
         }
         for group in names
     }
-
-
-def paired_test(
-    ours: Sequence[Record], reference: Sequence[Record], split: str, column: str
-) -> tuple[float, float | None, int]:
-    """The mean gain over the reference on common seeds, its p-value, and their number.
-
-    The p-value is that of the two-sided paired t test; None for fewer than two seeds or where all
-    differences are equal.
-    """
-    known = {record["seed"]: record[split][column] for record in reference}
-    gains = [r[split][column] - known[r["seed"]] for r in ours if r["seed"] in known]
-    if len(gains) < 2 or len(set(gains)) == 1:
-        return (statistics.fmean(gains) if gains else float("nan")), None, len(gains)
-    from scipy.stats import ttest_1samp
-
-    return statistics.fmean(gains), float(ttest_1samp(gains, 0).pvalue), len(gains)
 
 
 def markdown(
@@ -96,8 +83,7 @@ def markdown(
     for group, methods in tables.items():
         with_kd = group if group.teacher != "none" else group._replace(teacher="biased")
         reference = tables.get(with_kd, {}).get("kd", [])
-        title = _TEACHERS.get(group.teacher, f"Teacher {group.teacher}")
-        lines += [f"## {group.dataset}, imbalance {group.imbalance:g}: {title}", ""]
+        lines += [f"## {group.title}", ""]
         lines += _teacher_line(methods)
         lines += _rows(methods, reference, split) + [""]
     if protocol is not None:
@@ -135,10 +121,10 @@ def _gain(
 ) -> str:
     if method == "kd" or not reference:
         return ""
-    gain, p, seeds = paired_test(rows, reference, split, column)
-    if not seeds:
+    gain = paired_gain(rows, reference, split, column)
+    if not gain.seeds:
         return ""
-    return f"{gain:+.1f}" if p is None else f"{gain:+.1f} (p = {p:.2g})"
+    return f"{gain.mean:+.1f}" if gain.p is None else f"{gain.mean:+.1f} (p = {gain.p:.2g})"
 
 
 def _cost(rows: list[Record], reference: list[Record]) -> str:
