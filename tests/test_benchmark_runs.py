@@ -176,6 +176,22 @@ def test_balanced_softmax_and_kd_take_other_fixed_weights(task, protocol):
     torch.testing.assert_close(2 * halves, both)
 
 
+def test_hard_weights_that_fall_with_a_power_of_the_frequency(task, protocol):
+    student, teacher = torch.randn(2, 4, 4)
+
+    def by_class(spec):
+        method = make_method(spec, task, protocol, 0)
+        rows = [(student[[c]], teacher[[c]], torch.tensor([c])) for c in range(4)]
+        return torch.stack([method.loss(*row, 1.0) for row in rows])
+
+    counts = task.counts
+    weights = by_class("bs+kd:hard=1,soft=0,tail=0.5") / by_class("bs+kd:hard=1,soft=0")
+    torch.testing.assert_close(weights[3] / weights[0], (counts[0] / counts[3]).sqrt())
+    torch.testing.assert_close((weights * counts).sum(), counts.sum().float())
+    soft = by_class("bs+kd:hard=0,soft=1,tail=0.5") / by_class("bs+kd:hard=0,soft=1")
+    torch.testing.assert_close(soft, torch.ones(4))
+
+
 def test_the_ltkd_loss_is_kd_where_its_corrections_have_nothing_to_correct(task, protocol):
     """With equal group probabilities the cross-group term vanishes for equal students."""
     method = make_method("ltkd", task, protocol, seed=0)

@@ -79,6 +79,8 @@ class BalancedSoftmaxKD(Method):
 
     Args:
         hard, soft: weights of the two losses; one and one is the most that BiKD's net can give.
+        tail: power of a class's frequency by which its hard weight falls, `hard` on average over
+            the training samples: what of BiKD's gain a formula has too.
         debias: as for every method.
     """
 
@@ -92,19 +94,32 @@ class BalancedSoftmaxKD(Method):
         *,
         hard: float = 0.5,
         soft: float = 0.5,
+        tail: float = 0.0,
         debias: int = 0,
     ) -> None:
         super().__init__(task, protocol, seed, debias=debias)
         self._loss = WeightedKDLoss(
             temperature=protocol.temperature,
             alpha=(hard, soft),
-            hard_loss=BalancedSoftmax(self.counts),
+            hard_loss=_TailSoftmax(self.counts, tail),
         )
 
     def loss(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, progress: float
     ) -> Tensor:
         return self._loss(student_logits, teacher_logits, targets)
+
+
+class _TailSoftmax(BalancedSoftmax):
+    """Balanced softmax, weighted by a power of the class's frequency; 1 on average."""
+
+    def __init__(self, counts: Tensor, power: float) -> None:
+        super().__init__(counts)
+        weight = counts.double() ** -power
+        self.register_buffer("weight", (weight * counts.sum() / (weight * counts).sum()).float())
+
+    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        return self.weight[targets] * super().forward(student_logits, targets)
 
 
 class BalancedSoftmaxKDWithMeta(BalancedSoftmaxKD):
