@@ -1,0 +1,21 @@
+"""The accuracies printed in README and docs/long_tail.md are those of the committed reports."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+REPORTS = [(ROOT / "benchmarks/results" / name).read_text() for name in ("cpu.md", "snippets.md")]
+
+
+def accuracies(text, begin, end):
+    section = text.split(begin)[1].split(end)[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    return re.findall(r"(?<![+−])\b\d+\.\d ± \d+\.\d", "\n".join(rows))
+
+
+def test_they_are_in_the_reports():
+    page = (ROOT / "docs/long_tail.md").read_text()
+    printed = accuracies(page, "## Step by step", "## At other imbalances")
+    printed += accuracies((ROOT / "README.md").read_text(), "## Does it help?", "## The method")
+    assert [value for value in printed if not any(value in report for report in REPORTS)] == []
