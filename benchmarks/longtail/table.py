@@ -74,7 +74,7 @@ def markdown(
             "(without a teacher: with the biased one) over common seeds, with the p-value of a "
             "paired t test. Cost is the processor time of the training loop in units of KD's; the "
             "teacher's logits are computed beforehand for all methods alike and are in none of "
-            "these.",
+            "these. Runs on a busier machine than KD's come out up to twice too high.",
             "",
         ]
     else:
