@@ -130,9 +130,9 @@ class MetaWeightNet(nn.Module):
             :class:`LogFrequency`. Those that are modules become part of the net.
         hidden: widths of the hidden layers, tanh between them.
         mean: what the weights of one call, hard and soft together, are scaled to on average. The
-            net then shares out weight between samples and losses, and has no say in the length
-            of the student's step, which a hypergradient through few steps would shorten. None
-            leaves every weight free.
+            net then shares out weight between samples and losses, and has no say in the size of
+            the loss as a whole, which a hypergradient through few steps would shrink. None leaves
+            every weight free.
         ratio: with `mean`, how many times the smallest weight the largest can be.
 
     Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1), or with `mean`

@@ -14,7 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from longtail.table import Group, Record, cost, grouped  # noqa: E402
+from longtail.paired import Record  # noqa: E402
+from longtail.table import Group, cost, grouped  # noqa: E402
 
 SHOWN = (
     "kd",

@@ -24,6 +24,10 @@ class Gain(NamedTuple):
     p: float | None
     seeds: int
 
+    @property
+    def p_value(self) -> str:
+        return "" if self.p is None else f" (p = {self.p:.2g})"
+
 
 def paired_gain(
     ours: Sequence[Record], reference: Sequence[Record], split: str, column: str
@@ -53,25 +57,24 @@ def against(
     """
     lines = []
     for title, methods in tables.items():
+        rest = dict(methods)
+        base = rest.pop(reference, ())
         gains = {
-            method: [paired_gain(rows, methods[reference], split, c) for c in ("overall", "few")]
-            for method, rows in methods.items()
-            if reference in methods and method != reference
+            method: [paired_gain(rows, base, split, column) for column in ("overall", "few")]
+            for method, rows in rest.items()
         }
         shared = [(method, gain) for method, gain in gains.items() if gain[0].seeds]
-        ordered = sorted(shared, key=lambda item: -item[1][0].mean)
-        if ordered:
-            lines += [f"## {title}", "", f"Against `{reference}`, seed by seed.", ""]
-            lines += ["| method | seeds | overall | few |", "|---|---:|---:|---:|"]
-        for method, gain in ordered:
+        if not shared:
+            continue
+        lines += [f"## {title}", "", f"Against `{reference}`, seed by seed.", ""]
+        lines += ["| method | seeds | overall | few |", "|---|---:|---:|---:|"]
+        for method, gain in sorted(shared, key=lambda item: -item[1][0].mean):
             cells = [method, str(gain[0].seeds), *(_text(g) for g in gain)]
             lines.append("| " + " | ".join(cells) + " |")
-        lines += [""] if ordered else []
+        lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _text(gain: Gain) -> str:
-    text = f"{gain.mean:+.1f}"
-    if gain.deviation is not None:
-        text += f" ± {gain.deviation:.1f}"
-    return text if gain.p is None else f"{text} (p = {gain.p:.2g})"
+    spread = "" if gain.deviation is None else f" ± {gain.deviation:.1f}"
+    return f"{gain.mean:+.1f}{spread}{gain.p_value}"

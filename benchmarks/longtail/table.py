@@ -20,6 +20,10 @@ _TEACHERS = {
 }
 
 
+def _described(teacher: str) -> str:
+    return _TEACHERS.get(teacher, f"Teacher {teacher}")
+
+
 class Group(NamedTuple):
     """What belongs into one table."""
 
@@ -29,8 +33,7 @@ class Group(NamedTuple):
 
     @property
     def title(self) -> str:
-        teacher = _TEACHERS.get(self.teacher, f"Teacher {self.teacher}")
-        return f"{self.dataset}, imbalance {self.imbalance:g}: {teacher}"
+        return f"{self.dataset}, imbalance {self.imbalance:g}: {_described(self.teacher)}"
 
 
 def grouped(records: Sequence[Record]) -> dict[Group, dict[str, list[Record]]]:
@@ -124,7 +127,7 @@ def _gain(
     gain = paired_gain(rows, reference, split, column)
     if not gain.seeds:
         return ""
-    return f"{gain.mean:+.1f}" if gain.p is None else f"{gain.mean:+.1f} (p = {gain.p:.2g})"
+    return f"{gain.mean:+.1f}{gain.p_value}"
 
 
 def _cost(rows: list[Record], reference: list[Record]) -> str:
@@ -160,8 +163,8 @@ def _not_run(runs: Sequence[Run]) -> list[str]:
         for method, seeds in methods.items():
             by_seeds[", ".join(map(str, seeds))].append(f"`{method}`")
         for seeds, names in by_seeds.items():
-            title = _TEACHERS.get(teacher, f"Teacher {teacher}")
-            lines.append(f"- Imbalance {imbalance:g}. {title}. Seeds {seeds}: {', '.join(names)}.")
+            where = f"Imbalance {imbalance:g}. {_described(teacher)}"
+            lines.append(f"- {where}. Seeds {seeds}: {', '.join(names)}.")
     return lines
 
 

@@ -78,7 +78,7 @@ class BalancedSoftmaxKD(Method):
     """KD whose hard loss is balanced softmax (Ren et al. 2020, eq. 4).
 
     Args:
-        hard, soft: weights of the two losses; one and one is the most that BiKD's net can give.
+        hard, soft: weights of the two losses.
         tail: power of a class's frequency by which its hard weight falls, `hard` on average over
             the training samples: what of BiKD's gain a formula has too.
         debias: as for every method.
