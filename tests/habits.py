@@ -155,7 +155,7 @@ def trained(loop, *, wrapped, prepare=None, nudge=0.0, settings=None, **options)
     loop(lab)
     lab.slope = None
     if lab.table.grad is not None:
-        lab.slope = (lab.hypergradient.cpu() * direction.to(lab.table)).sum().item()
+        lab.slope = (lab.hypergradient * direction.to(lab.table)).sum().item()
     return lab
 
 

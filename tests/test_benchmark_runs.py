@@ -17,6 +17,7 @@ from longtail.fit import Machine, fit
 from longtail.methods import METHODS, make_method
 from longtail.models import MLP
 from longtail.protocol import Protocol
+from tests.devices import CUDA, STANDIN
 
 CPU = Machine(torch.device("cpu"))
 SETTINGS = {
@@ -41,13 +42,19 @@ def protocol():
 
 
 @pytest.fixture
-def task(protocol):
-    return Task(blobs(), protocol, CPU.device)
+def device():
+    return "cpu"
+
+
+@pytest.fixture
+def task(protocol, device):
+    return Task(blobs(), protocol, torch.device(device))
 
 
 @pytest.fixture
 def teacher_logits(task):
-    return torch.randn(2, len(task.targets), 4, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(2, len(task.targets), 4, generator=torch.Generator().manual_seed(1))
+    return logits.to(task.device)
 
 
 def student():
@@ -58,10 +65,11 @@ def student():
 
 def trained(method, teacher_logits, epochs=3, **more):
     model = student()
-    done = fit(model, method, epochs, teacher_logits, CPU, **more)
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), done, model
+    done = fit(model, method, epochs, teacher_logits, Machine(method.task.device), **more)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).cpu(), done, model
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA, STANDIN])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_a_student(name, task, protocol, teacher_logits):
     for method in make_method(name, task, protocol, seed=0).candidates():

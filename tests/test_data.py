@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kd_balance.data import BalancedBatches, class_counts, long_tail_indices, split_balanced
+from tests.devices import CUDA, STANDIN
 
 TARGETS = torch.arange(4).repeat_interleave(torch.tensor([9, 5, 7, 3]))
 INPUTS = torch.arange(len(TARGETS)).float().unsqueeze(1)
@@ -130,12 +131,11 @@ def test_classes_may_be_missing_from_the_samples_of_a_loader():
     assert targets.sort().values.tolist() == [2, 2, 5, 5]
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_batches_on_a_gpu_are_those_on_the_cpu():
-    on_gpu = BalancedBatches(INPUTS.cuda(), TARGETS, batch_size=6, seed=0)
-    for (inputs, targets), (again, labels), _ in zip(batches(), on_gpu, range(5)):
-        assert again.is_cuda and labels.is_cuda
+@pytest.mark.parametrize("device", [CUDA, STANDIN])
+def test_batches_on_a_device_are_those_on_the_cpu(device):
+    there = BalancedBatches(INPUTS.to(device), TARGETS, batch_size=6, seed=0)
+    for (inputs, targets), (again, labels), _ in zip(batches(), there, range(5)):
+        assert again.device.type == labels.device.type == device
         assert torch.equal(inputs, again.cpu()) and torch.equal(targets, labels.cpu())
 
 

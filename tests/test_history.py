@@ -10,6 +10,7 @@ from torch import nn
 
 from kd_balance.history import WeightHistory
 from kd_balance.loss import WeightedKDLoss
+from tests.devices import CUDA, STANDIN, never_waits
 
 
 class Scripted(nn.Module):
@@ -199,18 +200,14 @@ def test_plot_writes_a_picture_whatever_the_number_of_classes(tmp_path):
     assert (tmp_path / "weights.png").stat().st_size > 10_000
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_recording_on_a_gpu_never_waits_for_it():
+@pytest.mark.parametrize("device", [CUDA, STANDIN])
+def test_recording_never_waits_for_the_device(device):
     loss = criterion()
     history = WeightHistory(loss)
-    logits = torch.rand(4, 3, device="cuda", requires_grad=True)
-    targets = torch.tensor([0, 1, 1, -100], device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    logits = torch.rand(4, 3).to(device).requires_grad_()
+    targets = torch.tensor([0, 1, 1, -100]).to(device)
+    with never_waits(device):
         loss(logits, logits.detach(), targets)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert history.table()["count"].tolist() == [[1, 2, 0]]
 
 

@@ -52,7 +52,7 @@ def _training_loss(
     criterion: WeightedKDLoss, step: InnerStep, params: Mapping[str, Tensor]
 ) -> Tensor:
     """The criterion's part of what the user called backward on, as a function of θ and φ."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=step.calls[0].result.device)
     for call in step.calls:
         assert call.upstream is not None
         losses = call.losses(criterion, call.logits(params))

@@ -119,7 +119,8 @@ class _TailSoftmax(BalancedSoftmax):
         self.register_buffer("weight", (weight * counts.sum() / (weight * counts).sum()).float())
 
     def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
-        return self.weight[targets] * super().forward(student_logits, targets)
+        weight = self.weight.to(student_logits)
+        return weight[targets] * super().forward(student_logits, targets)
 
 
 class BalancedSoftmaxKDWithMeta(BalancedSoftmaxKD):

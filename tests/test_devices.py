@@ -1,4 +1,7 @@
-"""The essential habits on a CUDA device, and that a step never waits for it."""
+"""The essential habits on a device other than the CPU, and that a step never waits for it.
+
+Each on a CUDA device, where there is one, and on a stand-in for one.
+"""
 
 import shutil
 
@@ -8,6 +11,11 @@ from torch import nn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.data import BalancedBatches
+from kd_balance.hard_losses import BalancedSoftmax
+from kd_balance.teacher_bias import prior_bias
+from kd_balance.weight_net import LogFrequency
+from tests import standin
+from tests.devices import CUDA, STANDIN, never_waits
 from tests.habits import (
     Lab,
     assert_differentiates,
@@ -33,22 +41,27 @@ from tests.test_habits_precision import assert_autocast, assert_skips_overflows,
 from tests.test_habits_schedulers import SCHEDULERS, scheduled
 
 pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none"
-    ),
     pytest.mark.filterwarnings("ignore:.*is deprecated"),
     pytest.mark.filterwarnings("ignore:The student has an operator without forward-mode"),
 ]
 
-CUDA = {"device": "cuda"}
+
+@pytest.fixture(params=[CUDA, STANDIN])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[CUDA])
+def cuda(request):
+    """For what the stand-in does not stand in for."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)
-def full_float32(monkeypatch):
+def full_float32():
     """Ten bits of TF32 are too few to tell engines apart by."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 class OneLayerRecurrent(Recurrent):
@@ -71,11 +84,17 @@ STUDENTS = {
 }
 
 
+def skip_unless_on(device, student):
+    if device == standin.DEVICE and student == "lstm":
+        pytest.skip("the stand-in has no kernel for LSTMs")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("student", STUDENTS)
-def test_engines_agree(student, steps, optimizer, dtype):
+def test_engines_agree(student, steps, optimizer, dtype, device):
+    skip_unless_on(device, student)
     assert_same_hypergradient(
         plain(steps),
         plain(steps),
@@ -83,15 +102,16 @@ def test_engines_agree(student, steps, optimizer, dtype):
         dtype=dtype,
         settings={"unroll": steps, "every": steps},
         tolerance=1e-6 if dtype == torch.float64 else 1e-3,
-        **CUDA,
+        device=device,
         **STUDENTS[student],
     )
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("student", STUDENTS)
-def test_the_hypergradient_is_the_slope_of_the_real_trajectory(student, steps):
-    assert_differentiates(plain(steps), steps=steps, rtol=1e-4, **CUDA, **STUDENTS[student])
+def test_the_hypergradient_is_the_slope_of_the_real_trajectory(student, steps, device):
+    skip_unless_on(device, student)
+    assert_differentiates(plain(steps), steps=steps, rtol=1e-4, device=device, **STUDENTS[student])
 
 
 LOOPS = {
@@ -108,23 +128,23 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_habits(name):
+def test_habits(name, device):
     settings = {"grad_scaler": name == "scaled and clipped"}
-    assert_differentiates(LOOPS[name], steps=2, rtol=1e-4, settings=settings, **CUDA)
-    assert_leaves_what_the_plain_loop_leaves(LOOPS[name], settings=settings, **CUDA)
+    assert_differentiates(LOOPS[name], steps=2, rtol=1e-4, settings=settings, device=device)
+    assert_leaves_what_the_plain_loop_leaves(LOOPS[name], settings=settings, device=device)
 
 
 @pytest.mark.parametrize("name", CLIPPINGS)
-def test_clipping_at_every_step(name):
+def test_clipping_at_every_step(name, device):
     """The first step decides whether versions are trusted; clipping has to be seen after it."""
-    assert_differentiates(clipped(name, 3), steps=3, rtol=1e-4, **CUDA)
+    assert_differentiates(clipped(name, 3), steps=3, rtol=1e-4, device=device)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
 @pytest.mark.parametrize("student", ["mlp", "dropout", "transformer"])
-def test_the_student_is_that_of_the_plain_loop(student, optimizer):
+def test_the_student_is_that_of_the_plain_loop(student, optimizer, device):
     assert_leaves_what_the_plain_loop_leaves(
-        plain(3), optimizer=optimizer, **CUDA, **STUDENTS[student]
+        plain(3), optimizer=optimizer, device=device, **STUDENTS[student]
     )
 
 
@@ -134,41 +154,41 @@ def test_the_student_is_that_of_the_plain_loop(student, optimizer):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("student", AUTOCAST_STUDENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, student, steps):
+def test_autocast(dtype, student, steps, cuda):
     if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         pytest.skip("this CUDA device has no bfloat16")
-    assert_autocast(dtype, steps, **CUDA, **AUTOCAST_STUDENTS[student])
+    assert_autocast(dtype, steps, device=cuda, **AUTOCAST_STUDENTS[student])
 
 
-def test_an_overflow_of_float16_is_skipped_whole():
-    assert_skips_overflows("cuda")
+def test_an_overflow_of_float16_is_skipped_whole(cuda):
+    assert_skips_overflows(cuda)
 
 
 @pytest.mark.parametrize("overflow", [(), (0, 2)])
-def test_the_hypergradient_does_not_carry_the_scale(overflow):
+def test_the_hypergradient_does_not_carry_the_scale(overflow, device):
     steps = 4 - len(overflow)
     loop = scaled(4, overflow=overflow)
     settings = {"grad_scaler": True}
-    assert_differentiates(loop, steps=steps, rtol=1e-4, settings=settings, **CUDA)
+    assert_differentiates(loop, steps=steps, rtol=1e-4, settings=settings, device=device)
     if not overflow:
         assert_differentiates(
-            loop, reference=plain(4), steps=4, rtol=1e-4, settings=settings, **CUDA
+            loop, reference=plain(4), steps=4, rtol=1e-4, settings=settings, device=device
         )
 
 
 # students
 
 
-def test_data_parallel_on_one_device():
+def test_data_parallel_on_one_device(cuda):
     def prepare(student):
         return nn.DataParallel(student, device_ids=[0])
 
-    assert_differentiates(plain(2), steps=2, rtol=1e-4, prepare=prepare, **CUDA)
+    assert_differentiates(plain(2), steps=2, rtol=1e-4, prepare=prepare, device=cuda)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_data_parallel_on_several_devices_is_refused():
-    lab = Lab(**CUDA)
+def test_data_parallel_on_several_devices_is_refused(cuda):
+    lab = Lab(device=cuda)
     lab.called = nn.DataParallel(lab.student, device_ids=[0, 1])
     with pytest.raises(ValueError, match="student runs on 2 devices at once") as error:
         lab.wrap()
@@ -176,43 +196,68 @@ def test_data_parallel_on_several_devices_is_refused():
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="inductor needs a C compiler")
-def test_compiled():
+def test_compiled(cuda):
     pytest.importorskip("triton", reason="inductor needs triton on a CUDA device")
-    assert_differentiates(plain(2), steps=2, rtol=1e-4, prepare=torch.compile, **CUDA)
+    assert_differentiates(plain(2), steps=2, rtol=1e-4, prepare=torch.compile, device=cuda)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_fused_optimizers(kind, fused):
+def test_fused_optimizers(kind, fused, device):
     def optimizer(params):
         return kind(params, lr=0.01, fused=fused, foreach=not fused)
 
-    assert_differentiates(plain(2), steps=2, rtol=1e-4, optimizer=optimizer, **CUDA)
+    assert_differentiates(plain(2), steps=2, rtol=1e-4, optimizer=optimizer, device=device)
 
 
 # devices
 
 
-def test_nothing_has_to_be_moved_by_hand():
+def test_nothing_has_to_be_moved_by_hand(device):
     """The weight net is made on the CPU, and meta batches come from there."""
-    student = MLP().cuda()
+    student = MLP().to(device)
     criterion = WeightedKDLoss(MetaWeightNet(hidden=(4,)))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     meta = [(torch.randn(7, 8), torch.arange(7) % CLASSES)]
     optimizer = BilevelOptimizer(optimizer, student, criterion, meta)
-    assert all(p.device.type == "cuda" for p in criterion.weight_net.parameters())
-    inputs, labels = torch.randn(9, 8).cuda(), (torch.arange(9) % CLASSES).cuda()
-    criterion(student(inputs), torch.randn(9, CLASSES).cuda(), labels).backward()
+    assert all(p.device.type == device for p in criterion.weight_net.parameters())
+    inputs, labels = torch.randn(9, 8).to(device), (torch.arange(9) % CLASSES).to(device)
+    criterion(student(inputs), torch.randn(9, CLASSES).to(device), labels).backward()
     optimizer.step()
     assert optimizer.metrics["hypergradient_norm"] > 0
 
 
+def test_the_settings_for_a_long_tail_never_wait_for_the_device(device):
+    """Counts come from the CPU, the teacher's bias from wherever its logits are."""
+    lab = Lab(dtype=torch.float32, device=device)
+    counts = torch.arange(CLASSES, 0, -1)
+    weight_net = MetaWeightNet(("student_ce", "teacher_ce", LogFrequency(counts)), mean=0.5)
+    lab.criterion = WeightedKDLoss(weight_net, hard_loss=BalancedSoftmax(counts))
+    meta_inputs = lab.inputs(2 * CLASSES)
+    meta_labels = (torch.arange(2 * CLASSES) % CLASSES).to(device)
+    bias = prior_bias(lab.teacher_logits(2 * CLASSES), meta_labels, counts)
+    lab.wrap(meta=[(meta_inputs, meta_labels)], rate=0.1, unroll=2, every=2)
+    batches = [(inputs, logits - bias, labels) for inputs, logits, labels in lab.batches(6)]
+
+    def train(batches):
+        for inputs, teacher_logits, labels in batches:
+            lab.optimizer.zero_grad()
+            lab.criterion(lab.student(inputs), teacher_logits, labels).backward()
+            lab.optimizer.step()
+
+    train(batches[:4])
+    with never_waits(device):
+        train(batches[4:])
+    metrics = lab.optimizer.metrics
+    assert metrics["hypergradient_norm"] > 0 and metrics["skipped_updates"] == 0
+
+
 @pytest.mark.parametrize("location", ["cpu", "cuda"])
-def test_a_checkpoint_loads_from_either_device(location, tmp_path):
+def test_a_checkpoint_loads_from_either_device(location, tmp_path, cuda):
     settings = {"accumulate": 2, "rate": 0.1}
-    lab = trained(plain(3), wrapped=True, settings=settings, **CUDA)
+    lab = trained(plain(3), wrapped=True, settings=settings, device=cuda)
     torch.save([lab.student.state_dict(), lab.optimizer.state_dict()], tmp_path / "checkpoint.pt")
-    other = Lab(**CUDA)
+    other = Lab(device=cuda)
     other.wrap(**settings)
     state = torch.load(tmp_path / "checkpoint.pt", map_location=location, weights_only=True)
     other.student.load_state_dict(state[0])
@@ -232,35 +277,38 @@ def test_a_checkpoint_loads_from_either_device(location, tmp_path):
         {},
         {"every": 2, "unroll": 2},
         {"accumulate": 2},
+        {"engine": "unroll"},
         {"method": "lookahead"},
         {"method": "paper", "meta_loss": "mix"},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("on_device", [True, False], ids=["meta set on the device", "on the CPU"])
-def test_a_step_never_waits_for_the_device(student, settings, on_device):
+@pytest.mark.parametrize(
+    "device, meta_device",
+    [
+        pytest.param("cuda", "cuda", marks=CUDA.marks),
+        pytest.param("cuda", "cpu", marks=CUDA.marks),
+        pytest.param(standin.DEVICE, standin.DEVICE, marks=STANDIN.marks),
+    ],
+)
+def test_a_step_never_waits_for_the_device(student, settings, device, meta_device):
     """After the first updates, which are tried out. SGD, no clipping, no gradient scaler."""
     options = STUDENTS[student]
-    lab = Lab(dtype=torch.float32, **CUDA, **options)
-    teacher = options["make"]().cuda()
-    inputs, labels = lab.inputs(20), torch.arange(20) % CLASSES
-    meta = BalancedBatches(
-        inputs if on_device else inputs.cpu(), labels, batch_size=7, seed=0
-    )
-    lab.wrap(
-        rate=0.1, meta=meta, teacher=lambda x: logits_of(teacher(x)), **settings
-    )
+    lab = Lab(dtype=torch.float32, device=device, **options)
+    teacher = options["make"]().to(device)
+    meta_inputs, labels = lab.inputs(20).to(meta_device), torch.arange(20) % CLASSES
+    meta = BalancedBatches(meta_inputs, labels, batch_size=7, seed=0)
+    lab.wrap(rate=0.1, meta=meta, teacher=lambda x: logits_of(teacher(x)), **settings)
     batches = list(lab.batches(8))
-    torch.cuda.synchronize()
-    mode = torch.cuda.get_sync_debug_mode()
-    try:
-        for step, (inputs, teacher_logits, labels) in enumerate(batches):
-            if step == 4:
-                torch.cuda.set_sync_debug_mode("error")
+
+    def train(batches):
+        for inputs, teacher_logits, labels in batches:
             lab.optimizer.zero_grad()
             logits = logits_of(lab.student(inputs))
             lab.criterion(logits, teacher_logits, labels).backward()
             lab.optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+
+    train(batches[:4])
+    with never_waits(device):
+        train(batches[4:])
     assert lab.optimizer.metrics["meta_updates"] > 0
