@@ -27,7 +27,7 @@ SHOWN = (
     "features=student_ce+teacher_ce+frequency",
     "bs+bikd-online:debias=1,with_meta=1,scale=2,unroll=4,every=4,"
     "features=student_ce+teacher_ce+frequency",
-    "bs+bikd-online:debias=1,with_meta=1,unroll=4,every=4,scale=0.25,floor=0.25,normalise=1,"
+    "bs+bikd-online:debias=1,with_meta=1,unroll=4,every=4,mean=0.25,ratio=4,"
     "features=student_ce+teacher_ce+frequency",
 )
 """The methods whose accuracy is drawn class by class, beside the best one of all seeds."""
@@ -66,14 +66,9 @@ def _short(method: str) -> str:
     name, _, options = method.partition(":")
     options = options.replace("features=student_ce+teacher_ce", "")
     options = re.sub(r"unroll=(\d+),every=\1", r"unroll=\1", options)
-    options = re.sub(r"scale=([\d.]+),floor=([\d.]+),normalise=1", _mean_and_ratio, options)
     words = options.replace("+tuned-adjustment", ",tuned-adjustment").split(",")
     switches = {"debias=1": "debias", "with_meta=1": "with_meta"}
     return " ".join([name, *(switches.get(word, word) for word in words if word)])
-
-
-def _mean_and_ratio(bounds: re.Match[str]) -> str:
-    return f"mean={bounds[1]},ratio={1 / float(bounds[2]):g}"
 
 
 def _title(group: Group) -> str:

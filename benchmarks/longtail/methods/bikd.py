@@ -41,7 +41,7 @@ class BiKD(Method):
             trained with the average's weights. 0 for the net itself.
         scale: the weights' upper bound; they begin near the middle.
         floor: the weights' lower bound.
-        normalise: 1 for a MetaWeightNet with `mean` = scale and `ratio` = 1 / floor.
+        mean, ratio: of MetaWeightNet, in place of these bounds; 0 for weights without a fixed mean.
         features: of MetaWeightNet, joined by "+"; "frequency" is the log frequency of the label.
         with_meta: 1 for the meta set in the training set too.
         debias: 1 for a teacher without its ``prior_bias``.
@@ -70,7 +70,8 @@ class BiKD(Method):
         average: float = 0.0,
         scale: float = 1.0,
         floor: float = 0.0,
-        normalise: int = 0,
+        mean: float = 0.0,
+        ratio: float = math.inf,
         features: str = "student_ce+teacher_ce",
         with_meta: int = 0,
         debias: int = 0,
@@ -94,9 +95,8 @@ class BiKD(Method):
             own = {"frequency": LogFrequency(self.counts)}
             seen = tuple(own.get(name, name) for name in features.split("+"))
             hidden = (64,) if few_classes else (64, 64)
-            if normalise:
-                ratio = 1 / floor if floor else math.inf
-                self.weight_net = MetaWeightNet(seen, hidden, mean=scale, ratio=ratio)
+            if mean:
+                self.weight_net = MetaWeightNet(seen, hidden, mean=mean, ratio=ratio)
             else:
                 self.weight_net = _Bounded(floor, scale, seen, hidden)
         self._meta_optimizer = torch.optim.Adam(
