@@ -118,7 +118,7 @@ def _cost_and_accuracy(
     figure, panels = plt.subplots(
         1,
         2,
-        figsize=(18, 1.5 + 0.2 * max(20, len(drawn))),
+        figsize=(18, 7),
         sharex=True,
         # room for the names beside each panel
         gridspec_kw={"wspace": 1.6, "left": 0.05, "right": 0.72},
@@ -132,36 +132,54 @@ def _cost_and_accuracy(
             x, y = cost(rows) / unit, statistics.fmean(values)
             colour = "tab:red" if "bikd" in method else "tab:blue"
             axes.errorbar(x, y, deviation, fmt="o", color=colour, markersize=4, alpha=0.7)
-            points.append((x, y, _short(method)))
+            points.append((x, y, method))
         axes.set_xscale("log")
         axes.set_xlim(0.85 * min(p[0] for p in points), 1.2 * max(p[0] for p in points))
         left, right = axes.get_xlim()
         ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20) if left <= tick <= right]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
-        _label(axes, points)
+        _label(axes, _worth_naming(points))
         axes.set_xlabel("training time, KD = 1" if "kd" in methods else "seconds of a run")
         axes.set_ylabel(f"{split} accuracy, {column} (%)")
         axes.grid(alpha=0.3, which="both")
     note = f"; not drawn, near chance: {', '.join(left_out)}" if left_out else ""
-    title = f"{_title(group)}: cost and accuracy (BiKD in red{note})"
-    figure.suptitle(textwrap.fill(title, 120), y=0.9, va="bottom")
+    title = (
+        f"{_title(group)}: cost and accuracy (BiKD in red; named: the best for their cost, the ten "
+        f"best, and those drawn by class{note})"
+    )
+    figure.suptitle(textwrap.fill(title, 150), y=0.9, va="bottom")
     return _save(figure, path)
 
 
-def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+Point = tuple[float, float, str]
+"""Cost, accuracy and method."""
+
+
+def _worth_naming(points: list[Point]) -> list[Point]:
+    """By rising accuracy: those that nothing cheaper outdoes, the ten best, and SHOWN."""
+    rising = sorted(points, key=lambda point: point[1])
+    return [
+        (x, y, method)
+        for rank, (x, y, method) in enumerate(rising)
+        if len(rising) - rank <= 10
+        or method in SHOWN
+        or all(other > x for other, _, _ in rising[rank + 1 :])
+    ]
+
+
+def _label(axes: Axes, points: list[Point]) -> None:
     """Writes the names in a column beside the panel, in the order of the points."""
-    points = sorted(points, key=lambda point: point[1])
     low, high = axes.get_ylim()
-    gap = (high - low) / max(42, len(points))
+    gap = (high - low) / 28
     heights: list[float] = []
     for _, y, _ in points:
         heights.append(max([y, *(height + gap for height in heights[-1:])]))
     for from_top, at in enumerate(reversed(range(len(points)))):
         heights[at] = min(heights[at], high - from_top * gap)
-    for (x, y, name), height in zip(points, heights, strict=True):
+    for (x, y, method), height in zip(points, heights, strict=True):
         axes.annotate(
-            name,
+            _short(method),
             (x, y),
             (1.02, height),
             textcoords=axes.get_yaxis_transform(),
