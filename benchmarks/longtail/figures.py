@@ -27,7 +27,7 @@ SHOWN = (
     "features=student_ce+teacher_ce+frequency",
     "bs+bikd-online:debias=1,with_meta=1,scale=2,unroll=4,every=4,"
     "features=student_ce+teacher_ce+frequency",
-    "bs+bikd-online:debias=1,with_meta=1,unroll=4,every=4,mean=0.25,ratio=4,"
+    "bs+bikd-online:debias=1,with_meta=1,unroll=4,every=4,mean=0.25,ratio=10,"
     "features=student_ce+teacher_ce+frequency",
 )
 """The methods whose accuracy is drawn class by class, beside the best one of all seeds."""
