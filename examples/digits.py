@@ -1,22 +1,22 @@
 """Distil a small student on long-tailed handwritten digits, with fixed and with learned weights.
 
-scikit-learn's digits (1,797 real scans of 8 × 8 pixels) are made long-tailed: 110 images of the
+scikit-learn's digits (1,797 real scans of 8 × 8 pixels) are made long-tailed: 100 images of the
 digit 0 down to 2 of the digit 9. Of two teachers one is biased towards the frequent digits, the
 other is debiased by balanced softmax. The same small student learns from them by plain KD and by
-BiKD, whose weights are learned on a balanced meta set of 5 images a digit.
+BiKD, whose weights are learned on a balanced meta set of 10 images a digit.
 
     pip install 'kd-balance[examples]'
-    python examples/digits.py            # 3 seeds, about a minute and a half
+    python examples/digits.py            # 3 seeds, about three minutes
     python examples/digits.py --quick    # 1 seed and 3 epochs, only to see that it runs
 
 It prints test accuracies, whichever way they come out, and draws the weights that BiKD learned.
-What concerns kd-balance is in the function `distil`.
+What concerns kd-balance is in the functions `distil` and `compare`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,10 @@ from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.data import BalancedBatches, class_counts, long_tail_indices, split_balanced
 from kd_balance.hard_losses import BalancedSoftmax
 from kd_balance.history import WeightHistory
+from kd_balance.teacher_bias import prior_bias
+from kd_balance.weight_net import LogFrequency
 
-EPOCHS = 150
+EPOCHS = 100
 BATCH_SIZE = 32
 LEARNING_RATE = 0.05  # of 0.1, 0.05, 0.02 and 0.01, plain KD's lowest training loss
 NOISE = 0.1  # standard deviation; pixels are in [0, 1]
@@ -41,7 +43,11 @@ STUDENT = (64, 16, 16, 10)
 ENTROPY, BALANCED = "cross entropy", "balanced softmax"
 BIKD_COST = 5  # what an epoch of BiKD counts on the progress bar
 
+BIASED, DEBIASED, FREED = "biased", "debiased", " - bias"
+KD, ADDED, BIKD = "KD", "KD + meta images", "BiKD"
+
 Row = tuple[str, str, str]  # method, hard loss, teacher
+Teacher = Callable[[Tensor], Tensor]  # images -> logits
 
 
 class Images(NamedTuple):
@@ -50,25 +56,25 @@ class Images(NamedTuple):
 
 
 def distil(
-    teacher: nn.Module,
-    hard_loss: nn.Module,
+    teacher: Teacher,
+    criterion: WeightedKDLoss,
     train: Images,
-    meta: Images | None,
+    meta: Images,
     seed: int,
     epochs: int,
     progress: tqdm,
+    *,
+    unroll: int = 1,
     picture: Path | None = None,
 ) -> nn.Module:
-    """Train a student by BiKD, or by plain KD if there is no meta set to learn the weights on."""
+    """Train a student by BiKD, or by plain KD if the criterion has no weight net."""
     student = mlp(STUDENT, seed)
     optimizer = sgd(student)
-    if meta is None:
-        criterion = WeightedKDLoss(temperature=4.0, alpha=0.5, hard_loss=hard_loss)
-    else:
+    if criterion.weight_net is not None:
         meta_loader = BalancedBatches(meta.inputs, meta.targets, batch_size=50, seed=seed)
-        weight_net = MetaWeightNet(hidden=(64,))
-        criterion = WeightedKDLoss(weight_net, temperature=4.0, hard_loss=hard_loss)
-        optimizer = BilevelOptimizer(optimizer, student, criterion, meta_loader)
+        optimizer = BilevelOptimizer(
+            optimizer, student, criterion, meta_loader, unroll=unroll, every=unroll
+        )
     history = WeightHistory(criterion)
 
     scheduler = CosineAnnealingLR(optimizer, epochs)
@@ -82,7 +88,7 @@ def distil(
             loss.backward()
             optimizer.step()
         scheduler.step()
-        progress.update(1 if meta is None else BIKD_COST)
+        progress.update(1 if criterion.weight_net is None else BIKD_COST)
     if picture is not None:
         history.plot(picture, class_counts(train.targets))
     return student
@@ -128,9 +134,9 @@ def split(seed: int) -> tuple[Images, Images, Images]:
 
     test_index, rest_index = split_balanced(images.targets, per_class=60, seed=seed)
     test, rest = pick(images, test_index), pick(images, rest_index)
-    meta_index, rest_index = split_balanced(rest.targets, per_class=5, seed=seed)
+    meta_index, rest_index = split_balanced(rest.targets, per_class=10, seed=seed)
     meta, rest = pick(rest, meta_index), pick(rest, rest_index)
-    tail_index = long_tail_indices(rest.targets, imbalance_factor=50, seed=seed, head_count=110)
+    tail_index = long_tail_indices(rest.targets, imbalance_factor=50, seed=seed, head_count=100)
     return pick(rest, tail_index), meta, test
 
 
@@ -159,10 +165,9 @@ def compare(seed: int, epochs: int, progress: tqdm, picture: Path | None) -> dic
     """Train every model of the table with one seed; gives the accuracies [4] of each."""
     train, meta, test = split(seed)
     added = Images(*(torch.cat(pair) for pair in zip(train, meta)))
-    counts = class_counts(train.targets)
+    counts, counts_added = class_counts(train.targets), class_counts(added.targets)
     entropy = nn.CrossEntropyLoss(reduction="none")
-    balanced = BalancedSoftmax(counts)
-    balanced_added = BalancedSoftmax(class_counts(added.targets))
+    balanced, balanced_added = BalancedSoftmax(counts), BalancedSoftmax(counts_added)
     rest = (seed, epochs, progress)
 
     biased = fit(mlp(TEACHER, seed), entropy, train, *rest)
@@ -171,16 +176,34 @@ def compare(seed: int, epochs: int, progress: tqdm, picture: Path | None) -> dic
         ("biased teacher", ENTROPY, "-"): biased,
         ("debiased teacher", BALANCED, "-"): debiased,
         ("no distillation", ENTROPY, "-"): fit(mlp(STUDENT, seed), entropy, train, *rest),
-        ("KD", ENTROPY, "biased"): distil(biased, entropy, train, None, *rest),
-        ("KD + meta images", ENTROPY, "biased"): distil(biased, entropy, added, None, *rest),
-        ("BiKD", ENTROPY, "biased"): distil(biased, entropy, train, meta, *rest, picture),
         ("no distillation", BALANCED, "-"): fit(mlp(STUDENT, seed), balanced, train, *rest),
-        ("KD", BALANCED, "debiased"): distil(debiased, balanced, train, None, *rest),
-        ("KD + meta images", BALANCED, "debiased"): distil(
-            debiased, balanced_added, added, None, *rest
-        ),
-        ("BiKD", BALANCED, "debiased"): distil(debiased, balanced, train, meta, *rest),
     }
+    for name, teacher in ((BIASED, biased), (DEBIASED, debiased)):
+        with torch.no_grad():
+            bias = prior_bias(teacher(meta.inputs), meta.targets, counts)
+
+        def freed(inputs: Tensor, teacher: nn.Module = teacher, bias: Tensor = bias) -> Tensor:
+            return teacher(inputs) - bias
+
+        fixed = WeightedKDLoss(temperature=4.0, hard_loss=entropy)
+        models[KD, ENTROPY, name] = distil(teacher, fixed, train, meta, *rest)
+        models[ADDED, ENTROPY, name] = distil(teacher, fixed, added, meta, *rest)
+
+        torch.manual_seed(seed)
+        learned = WeightedKDLoss(MetaWeightNet(hidden=(64,)), temperature=4.0, hard_loss=entropy)
+        drawn = picture if name == DEBIASED else None
+        models[BIKD, ENTROPY, name] = distil(teacher, learned, train, meta, *rest, picture=drawn)
+
+        fixed = WeightedKDLoss(temperature=4.0, hard_loss=balanced_added)
+        models[ADDED, BALANCED, name + FREED] = distil(freed, fixed, added, meta, *rest)
+
+        torch.manual_seed(seed)
+        features = ("student_ce", "teacher_ce", LogFrequency(counts_added))
+        weight_net = MetaWeightNet(features, hidden=(64,), mean=0.5, ratio=10)
+        learned = WeightedKDLoss(weight_net, temperature=4.0, hard_loss=balanced_added)
+        models[BIKD, BALANCED, name + FREED] = distil(
+            freed, learned, added, meta, *rest, unroll=4
+        )
     return {row: accuracies(model, test, counts) for row, model in models.items()}
 
 
@@ -209,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     runs = []
     with tqdm(
-        total=seeds * epochs * (8 + 2 * BIKD_COST),
+        total=seeds * epochs * (10 + 4 * BIKD_COST),
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
         smoothing=0,
         mininterval=1,
@@ -225,20 +248,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Student {'-'.join(map(str, STUDENT))}, {epochs} epochs, {seeds} seed(s).")
     print(f"\nTest accuracy in %{', mean ± standard deviation' if seeds > 1 else ''}")
     headings = "".join(f"{name:>14}" for name in ("overall", "many", "medium", "few"))
-    print(f"{'method':18}{'hard loss':18}{'teacher':9}{headings}")
+    print(f"{'method':18}{'hard loss':18}{'teacher':17}{headings}")
     for (method, hard_loss, teacher), values in results.items():
         columns = "".join(f"{mean_and_deviation(column):>14}" for column in values.T)
-        print(f"{method:18}{hard_loss:18}{teacher:9}{columns}")
-    print("\nOverall accuracy of BiKD minus that of another, seed by seed")
-    for hard_loss, teacher in ((ENTROPY, "biased"), (BALANCED, "debiased")):
-        for method in ("KD", "KD + meta images"):
-            bikd = results["BiKD", hard_loss, teacher]
-            difference = (bikd - results[method, hard_loss, teacher])[:, 0]
-            columns = f"{mean_and_deviation(difference):>14}"
-            print(f"{method:18}{hard_loss:18}{teacher:9}{columns}")
+        print(f"{method:18}{hard_loss:18}{teacher:17}{columns}")
+    print("\nBiKD minus another, seed by seed")
+    for name in (BIASED, DEBIASED):
+        for hard_loss, teacher, method in (
+            (ENTROPY, name, KD), (BALANCED, name + FREED, ADDED)
+        ):
+            difference = results[BIKD, hard_loss, teacher] - results[method, hard_loss, teacher]
+            columns = "".join(f"{mean_and_deviation(column):>14}" for column in difference.T)
+            print(f"{method:18}{hard_loss:18}{teacher:17}{columns}")
     print(
-        "\nKD + meta images: plain KD with the meta set added to its training data. The weights of "
-        f"BiKD\nwith {ENTROPY}, by digit over time: {options.picture}"
+        f"\n{ADDED}: the meta set is added to the training data, as for BiKD with {BALANCED}."
+        f"\n{FREED.strip()}: the class bias that the teacher shows on the meta set is taken off."
+        f"\nThe weights of BiKD with {ENTROPY} and the debiased teacher: {options.picture}"
     )
 
 

@@ -133,7 +133,8 @@ class MetaWeightNet(nn.Module):
             net then shares out weight between samples and losses, and has no say in the size of
             the loss as a whole, which a hypergradient through few steps would shrink. None leaves
             every weight free.
-        ratio: with `mean`, how many times the smallest weight the largest can be.
+        ratio: with `mean`, how many times the smallest weight the largest can be. With balanced
+            softmax as the hard loss 10 did best, which with plain cross entropy costs accuracy.
 
     Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1), or with `mean`
     in (mean / ratio, mean · ratio). Ignored positions count as samples in the average.

@@ -13,7 +13,7 @@ def test_the_demo_prints_every_row_and_draws_the_weights(tmp_path, capsys):
     table = capsys.readouterr().out.split("Test accuracy in %\n")[1].split("\n\n")[0]
     heading, *rows = table.splitlines()
     assert heading.split()[-4:] == ["overall", "many", "medium", "few"]
-    assert len(rows) == 10 and sum(row.startswith("BiKD") for row in rows) == 2
+    assert len(rows) == 14 and sum(row.startswith("BiKD") for row in rows) == 4
     assert all(0 <= float(number) <= 100 for row in rows for number in row.split()[-4:])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
