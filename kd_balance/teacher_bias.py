@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from kd_balance.hard_losses import log_prior
@@ -43,7 +42,7 @@ def prior_bias(
     Source: the shift is the logit adjustment of Menon et al., "Long-Tail Learning via Logit
     Adjustment", 2021, eq. 9; fitting its strength on the meta set is this package's.
     """
-    by_class = log_prior(class_counts).to(teacher_logits.device, torch.float64)
+    by_class = log_prior(class_counts).double()
     classes = teacher_logits.shape[-1]
     if teacher_logits.shape != (*targets.shape, classes) or targets.dim() != 1 or not len(targets):
         raise ValueError(
@@ -55,11 +54,12 @@ def prior_bias(
             f"class_counts has {len(by_class)} numbers, expected {classes}: give one for "
             "each class of the teacher."
         )
-    logits = teacher_logits.detach().double()
+    # on the CPU, where reading the slope waits for nothing, and which has float64
+    logits, targets = teacher_logits.detach().cpu().double(), targets.cpu()
     low, high = -_LARGEST, _LARGEST
     for _ in range(_HALVINGS):  # the cross entropy is convex in τ: look where its slope turns
         middle = (low + high) / 2
         predicted = (logits - middle * by_class).softmax(1)
         slope = (by_class[targets] - predicted @ by_class).mean()
         low, high = (middle, high) if slope < 0 else (low, middle)
-    return (middle * by_class).to(teacher_logits.dtype)
+    return (middle * by_class).to(teacher_logits)

@@ -44,6 +44,7 @@ class _Module:
     def __init__(self) -> None:
         self.generator = torch.Generator()
         self.refuses_waiting = False
+        self.has_float64 = True
 
     def is_initialized(self):
         return True
@@ -86,6 +87,16 @@ def never_waits() -> Iterator[None]:
         _module.refuses_waiting = False
 
 
+@contextmanager
+def without_float64() -> Iterator[None]:
+    """Raises TypeError where a float64 tensor would come to be on the device, as MPS does."""
+    _module.has_float64 = False
+    try:
+        yield
+    finally:
+        _module.has_float64 = True
+
+
 class _Held(torch.Tensor):
     """A tensor of the device, its values in `held`."""
 
@@ -93,6 +104,8 @@ class _Held(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held):
+        if held.dtype == torch.float64 and not _module.has_float64:
+            raise TypeError("float64 on the stand-in, expected float32")
         if held._is_zerotensor():  # forward mode's, without memory
             held = torch.zeros_like(held)
         tensor = torch.Tensor._make_wrapper_subclass(

@@ -252,6 +252,23 @@ def test_the_settings_for_a_long_tail_never_wait_for_the_device(device):
     assert metrics["hypergradient_norm"] > 0 and metrics["skipped_updates"] == 0
 
 
+@pytest.mark.skipif(not standin.available(), reason="the stand-in stands in for Apple's MPS")
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_device_without_float64(steps, optimizer, monkeypatch):
+    monkeypatch.setattr("kd_balance.inner_step._WITHOUT_FLOAT64", {standin.DEVICE})
+    options = {"optimizer": optimizer, "dtype": torch.float32, "wrapped": True}
+    options["settings"] = {"unroll": steps, "every": steps}
+    expected = trained(plain(steps), **options).hypergradient
+    with standin.without_float64():
+        found = trained(plain(steps), device=standin.DEVICE, **options).hypergradient
+        counts = torch.arange(CLASSES, 0, -1)
+        logits, labels = torch.rand(9, CLASSES), torch.arange(9) % CLASSES
+        bias = prior_bias(logits.to(standin.DEVICE), labels.to(standin.DEVICE), counts)
+    assert relative_error([found.cpu()], [expected]) < 5e-3
+    assert torch.equal(bias.cpu(), prior_bias(logits, labels, counts))
+
+
 @pytest.mark.parametrize("location", ["cpu", "cuda"])
 def test_a_checkpoint_loads_from_either_device(location, tmp_path, cuda):
     settings = {"accumulate": 2, "rate": 0.1}
