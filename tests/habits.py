@@ -124,12 +124,16 @@ def plain(steps):
     """The uncluttered loop."""
 
     def loop(lab):
-        for inputs, teacher_logits, labels in lab.batches(steps):
-            lab.optimizer.zero_grad()
-            lab.criterion(lab.call(lab.called, inputs), teacher_logits, labels).backward()
-            lab.optimizer.step()
+        train(lab, lab.batches(steps))
 
     return loop
+
+
+def train(lab, batches):
+    for inputs, teacher_logits, labels in batches:
+        lab.optimizer.zero_grad()
+        lab.criterion(lab.call(lab.called, inputs), teacher_logits, labels).backward()
+        lab.optimizer.step()
 
 
 def trained(loop, *, wrapped, prepare=None, nudge=0.0, settings=None, **options):

@@ -7,9 +7,9 @@ What it does not stand in for: CUDA's kernels, autocast and memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
+from unittest import mock
 
 import torch
 from torch.utils import backend_registration
@@ -26,7 +26,6 @@ WAITING = {  # their results' values or sizes are read on the host
     aten.bincount.default,
     aten._unique2.default,
 }
-COPIES = (aten._to_copy.default, aten.copy_.default)
 FILLED = (  # torch would make these empty and fill them in C++, behind our back
     aten.arange.default,
     aten.arange.start,
@@ -77,24 +76,14 @@ class _Module:
 _module = _Module()
 
 
-@contextmanager
-def never_waits() -> Iterator[None]:
+def never_waits() -> AbstractContextManager:
     """Raises RuntimeError where the host would wait for the device."""
-    _module.refuses_waiting = True
-    try:
-        yield
-    finally:
-        _module.refuses_waiting = False
+    return mock.patch.object(_module, "refuses_waiting", True)
 
 
-@contextmanager
-def without_float64() -> Iterator[None]:
+def without_float64() -> AbstractContextManager:
     """Raises TypeError where a float64 tensor would come to be on the device, as MPS does."""
-    _module.has_float64 = False
-    try:
-        yield
-    finally:
-        _module.has_float64 = True
+    return mock.patch.object(_module, "has_float64", False)
 
 
 class _Held(torch.Tensor):
@@ -149,8 +138,8 @@ class _Held(torch.Tensor):
 
 
 def _run(operator, *args, **kwargs):
-    if operator in COPIES:
-        return _copy(operator, *args, **kwargs)
+    if copy := COPIES.get(operator):
+        return copy(*args, **kwargs)
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     ours = [x for x in tensors if isinstance(x, _Held)]
     if strangers := [x for x in tensors if not isinstance(x, _Held) and x.dim()]:
@@ -165,23 +154,28 @@ def _run(operator, *args, **kwargs):
     if resized := [x for x in ours if x.shape != x.held.shape]:
         raise NotImplementedError(f"{operator} changed the shape {tuple(resized[0].shape)}")
     written = {id(x.held): x for x in ours}
-    return tree_map(lambda x: written.get(id(x)) if id(x) in written else _put(x), result)
+    return tree_map(lambda x: written[id(x)] if id(x) in written else _put(x), result)
 
 
-def _copy(operator, *args, **kwargs):
-    if operator is aten.copy_.default:
-        target, source = args[0], args[1]
-        to, non_blocking = target.device.type, any(args[2:]) or kwargs.get("non_blocking")
-    else:
-        source = args[0]
-        to = torch.device(kwargs.pop("device", None) or source.device).type
-        non_blocking = kwargs.get("non_blocking")
-    if to != source.device.type and (to == "cpu" or not non_blocking):
-        _wait(operator)
-    result = operator(*tree_map(_taken_off, args), **kwargs)
-    if operator is aten.copy_.default:
-        return target
-    return _put(result) if to == DEVICE else result
+def _copy_into(target, source, non_blocking=False):
+    _cross(source.device, target.device, non_blocking)
+    _taken_off(target).copy_(_taken_off(source))
+    return target
+
+
+def _copied(source, *, device=None, non_blocking=False, **kwargs):
+    to = torch.device(device or source.device)
+    _cross(source.device, to, non_blocking)
+    result = aten._to_copy.default(_taken_off(source), **kwargs)
+    return _put(result) if to.type == DEVICE else result
+
+
+COPIES = {aten.copy_.default: _copy_into, aten._to_copy.default: _copied}
+
+
+def _cross(here, there, non_blocking):
+    if here.type != there.type and (there.type == "cpu" or not non_blocking):
+        _wait(f"a copy from {here.type} to {there.type}")
 
 
 def _indices(operator, args):
@@ -189,9 +183,9 @@ def _indices(operator, args):
     return [x for x in args[1] if x is not None] if of_indexing else []
 
 
-def _wait(operator):
+def _wait(what):
     if _module.refuses_waiting:
-        raise RuntimeError(f"{operator} waits for the device")
+        raise RuntimeError(f"{what} waits for the device")
 
 
 def _taken_off(x):

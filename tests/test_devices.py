@@ -23,6 +23,7 @@ from tests.habits import (
     assert_one_sentence,
     assert_same_hypergradient,
     plain,
+    train,
     trained,
 )
 from tests.students import CLASSES, ConvNet, MLP, Tied, Transformer, logits_of, relative_error
@@ -60,8 +61,11 @@ def cuda(request):
 @pytest.fixture(autouse=True)
 def full_float32():
     """Ten bits of TF32 are too few to tell engines apart by."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
+    torch.set_float32_matmul_precision(precision)
 
 
 class OneLayerRecurrent(Recurrent):
@@ -84,7 +88,7 @@ STUDENTS = {
 }
 
 
-def skip_unless_on(device, student):
+def skip_without_kernel(device, student):
     if device == standin.DEVICE and student == "lstm":
         pytest.skip("the stand-in has no kernel for LSTMs")
 
@@ -94,7 +98,7 @@ def skip_unless_on(device, student):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("student", STUDENTS)
 def test_engines_agree(student, steps, optimizer, dtype, device):
-    skip_unless_on(device, student)
+    skip_without_kernel(device, student)
     assert_same_hypergradient(
         plain(steps),
         plain(steps),
@@ -110,7 +114,7 @@ def test_engines_agree(student, steps, optimizer, dtype, device):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("student", STUDENTS)
 def test_the_hypergradient_is_the_slope_of_the_real_trajectory(student, steps, device):
-    skip_unless_on(device, student)
+    skip_without_kernel(device, student)
     assert_differentiates(plain(steps), steps=steps, rtol=1e-4, device=device, **STUDENTS[student])
 
 
@@ -238,16 +242,9 @@ def test_the_settings_for_a_long_tail_never_wait_for_the_device(device):
     bias = prior_bias(lab.teacher_logits(2 * CLASSES), meta_labels, counts)
     lab.wrap(meta=[(meta_inputs, meta_labels)], rate=0.1, unroll=2, every=2)
     batches = [(inputs, logits - bias, labels) for inputs, logits, labels in lab.batches(6)]
-
-    def train(batches):
-        for inputs, teacher_logits, labels in batches:
-            lab.optimizer.zero_grad()
-            lab.criterion(lab.student(inputs), teacher_logits, labels).backward()
-            lab.optimizer.step()
-
-    train(batches[:4])
+    train(lab, batches[:4])
     with never_waits(device):
-        train(batches[4:])
+        train(lab, batches[4:])
     metrics = lab.optimizer.metrics
     assert metrics["hypergradient_norm"] > 0 and metrics["skipped_updates"] == 0
 
@@ -317,15 +314,7 @@ def test_a_step_never_waits_for_the_device(student, settings, device, meta_devic
     meta = BalancedBatches(meta_inputs, labels, batch_size=7, seed=0)
     lab.wrap(rate=0.1, meta=meta, teacher=lambda x: logits_of(teacher(x)), **settings)
     batches = list(lab.batches(8))
-
-    def train(batches):
-        for inputs, teacher_logits, labels in batches:
-            lab.optimizer.zero_grad()
-            logits = logits_of(lab.student(inputs))
-            lab.criterion(logits, teacher_logits, labels).backward()
-            lab.optimizer.step()
-
-    train(batches[:4])
+    train(lab, batches[:4])
     with never_waits(device):
-        train(batches[4:])
+        train(lab, batches[4:])
     assert lab.optimizer.metrics["meta_updates"] > 0

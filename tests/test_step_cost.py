@@ -15,6 +15,7 @@ from stepcost.measure import FEWEST, hypergradient_errors, in_turns, spread, tim
 from stepcost.memory import peak_memory
 from stepcost.models import MODELS, Encoder, ViT
 from stepcost.rows import ROWS, row
+from tests.devices import CUDA
 
 TINY = Case(model="mlp", batch=6, meta_batch=5, classes=4, parameters=20_000)
 PEERS = {"betty": "betty", "torchopt": "torchopt"}
@@ -172,9 +173,8 @@ def test_sweeps_make_a_case_of_every_value(tmp_path, field, no_children):
     assert [held["case"][field] for held in cases] == [5, 7]
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_times_and_memory_on_a_gpu():
-    case = replace(TINY, device="cuda")
+@pytest.mark.parametrize("device", [CUDA])
+def test_times_and_memory_on_a_gpu(device):
+    case = replace(TINY, device=device)
     assert times(case, "online", threads=1, rounds=2, warmup=1)["ratio"]["median"] > 0
     assert peak_memory(case, "online", threads=1)["over_import"] > 0
