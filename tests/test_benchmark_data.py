@@ -9,7 +9,7 @@ import torch
 
 from tests import benchmark_path  # noqa: F401
 
-from longtail.data import CropsAndFlips, FeatureDropout, Raw, Task, frequency_thirds
+from longtail.data import CropsAndFlips, FeatureDropout, Raw, Task, frequency_thirds, mislabel
 from longtail.images import load_images
 from longtail.meta_batches import MetaBatches
 from longtail.protocol import Protocol, load_protocol
@@ -116,6 +116,26 @@ def test_the_meta_set_does_not_depend_on_the_imbalance(task):
     other = Task(numbered(), small(imbalance=2), torch.device("cpu"))
     assert torch.equal(task.meta_set.inputs, other.meta_set.inputs)
     assert task.digest != other.digest
+
+
+def test_a_share_of_the_training_labels_alone_is_wrong(task):
+    noisy = Task(numbered(), small(label_noise=0.4), torch.device("cpu"))
+    wrong = noisy.targets != task.targets
+    assert wrong[task.train].sum() == round(0.4 * len(task.train)) and not wrong[task.meta].any()
+    torch.testing.assert_close(noisy.validation.targets, task.validation.targets)
+    torch.testing.assert_close(noisy.test.targets, task.test.targets)
+    # the student's user counts what the labels say; the thirds are those of the truth
+    torch.testing.assert_close(noisy.counts, noisy.targets[task.train].bincount())
+    assert noisy.groups == task.groups
+    again = Task(numbered(), small(label_noise=0.4), torch.device("cpu"))
+    torch.testing.assert_close(noisy.targets, again.targets)
+
+
+def test_wrong_labels_are_spread_over_all_other_classes():
+    targets = torch.zeros(3000, dtype=torch.long)
+    targets[0] = 3
+    share = mislabel(targets, 0.9, seed=0).bincount() / len(targets)
+    torch.testing.assert_close(share, torch.tensor([0.1, 0.3, 0.3, 0.3]), atol=0.03, rtol=0)
 
 
 def test_thirds_are_by_count_not_by_index():

@@ -116,10 +116,39 @@ def test_a_teacher_s_class_bias_is_taken_away_on_demand(name, task, protocol, te
 
 def test_the_meta_set_can_be_trained_on_too(task, protocol):
     method = make_method("bikd-online:with_meta=1,features=student_ce+frequency", task, protocol, 0)
-    assert method.trains_on_meta and (method.counts - task.counts).tolist() == [4] * 4
+    assert (method.counts - task.counts).tolist() == [4] * 4
     (column,) = [f for f in method.weight_net.features if callable(f)]
     expected = (method.counts / method.counts.sum()).log()
     torch.testing.assert_close(column(None, None, torch.arange(4)), expected)
+
+
+def test_the_meta_set_can_be_in_the_training_set_several_times(task, protocol):
+    numbers = torch.arange(len(task.targets)).float()
+    seen = []
+
+    class Count(METHODS["bs+kd+meta"]):
+        def loss(self, student_logits, teacher_logits, targets, progress):
+            seen.extend(teacher_logits[:, 0].tolist())
+            return super().loss(student_logits, teacher_logits, targets, progress)
+
+    method = Count(task, protocol.replace(batch_size=1), 0, copies=3)
+    trained(method, numbers[:, None].expand(2, -1, 4), epochs=1)
+    times = torch.bincount(torch.tensor(seen).long(), minlength=len(numbers))
+    assert set(times[task.train].tolist()) == {1} and set(times[task.meta].tolist()) == {3}
+    assert (method.counts - task.counts).tolist() == [3 * 4] * 4
+
+
+def test_a_robust_hard_loss_hardly_minds_unlikely_labels(task, protocol):
+    logits = torch.tensor([[9.0, 0, 0, 0]] * 2, requires_grad=True)
+    gradients = {}
+    for robust in (0, 1e-4, 1):
+        method = make_method(f"bs+kd:hard=1,soft=0,robust={robust}", task, protocol, 0)
+        loss = method.loss(logits, torch.zeros(2, 4), torch.tensor([0, 3]), 1.0)
+        gradients[robust] = torch.autograd.grad(loss, logits)[0].norm(dim=1)
+    plain, nearly_plain, robust = gradients.values()
+    torch.testing.assert_close(nearly_plain, plain, rtol=1e-2, atol=0)
+    torch.testing.assert_close(robust[0], plain[0], rtol=1e-2, atol=0)
+    assert robust[1] < 0.01 * plain[1]
 
 
 def test_the_student_is_trained_with_the_average_of_the_weight_net(task, protocol, teacher_logits):

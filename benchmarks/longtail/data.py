@@ -48,10 +48,11 @@ class Task:
 
     Attributes:
         views: augmented inputs of pool samples.
-        targets: class indices of the pool.
+        targets: class indices of the pool, as labelled.
         train, meta: pool indices.
-        counts: training samples of each class, the meta set not counted.
-        groups: "many", "medium" and "few", each a list of classes: thirds of the classes by count.
+        counts: training samples of each class, as labelled, the meta set not counted.
+        groups: "many", "medium" and "few", each a list of classes: thirds of the classes by their
+            true count.
         test, validation: held-out sets; validation may be empty.
         digest: of the pool and the test samples.
     """
@@ -72,12 +73,13 @@ class Task:
 
         self.device = device
         self.temperature = protocol.temperature
-        self.targets = raw.targets[pool].to(device)
+        labels = mislabel(raw.targets[train], protocol.label_noise, seed)
+        self.targets = torch.cat((labels, raw.targets[meta])).to(device)
         self.train = torch.arange(len(train), device=device)
         self.meta = torch.arange(len(train), len(pool), device=device)
-        self.counts = class_counts(raw.targets[train])
+        self.counts = class_counts(labels)
         self.num_classes = len(self.counts)
-        self.groups = frequency_thirds(self.counts)
+        self.groups = frequency_thirds(class_counts(raw.targets[train]))
         kind = CropsAndFlips if raw.inputs.dim() == 4 else FeatureDropout
         self.views: Views = kind(raw.inputs[pool].to(device), protocol.views, seed)
         self.test = Split(plain(raw.test_inputs[test], device), raw.test_targets[test].to(device))
@@ -101,6 +103,18 @@ def load_raw(dataset: str, path: Path | None) -> Raw:
             f"{dataset} needs --data, the directory with the CIFAR python folders or an .npz."
         )
     return Raw(*map(torch.from_numpy, load_images(dataset, path)))
+
+
+def mislabel(targets: Tensor, share: float, seed: int) -> Tensor:
+    """The labels [N], a share of them replaced by another class drawn uniformly."""
+    if not share:
+        return targets
+    generator = torch.Generator().manual_seed(seed)
+    classes = int(targets.max()) + 1
+    wrong = torch.randperm(len(targets), generator=generator)[: round(share * len(targets))]
+    labels = targets.clone()
+    labels[wrong] += torch.randint(1, classes, (len(wrong),), generator=generator)
+    return labels % classes
 
 
 def frequency_thirds(counts: Tensor) -> dict[str, list[int]]:

@@ -24,6 +24,8 @@ class Protocol:
             before they are made long-tailed.
         validation_per_class: the same for a set that only serves to choose settings; may be 0.
         test_per_class: test samples a class; None takes all.
+        label_noise: share of the training samples that bear another class's label, drawn
+            uniformly. The labels of the meta, validation and test samples are right.
         teacher_amp: bfloat16 autocast for the teacher, in training and for its logits.
         views: how many augmented views of each training sample there are. Every method sees the
             same ones, so a teacher's logits are computed once.
@@ -41,6 +43,7 @@ class Protocol:
     meta_per_class: int = 20
     validation_per_class: int = 0
     test_per_class: int | None = None
+    label_noise: float = 0.0
     epochs: int = 40
     teacher_epochs: int = 40
     teacher_amp: bool = False

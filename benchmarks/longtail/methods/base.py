@@ -18,7 +18,7 @@ class Method:
     A subclass gives :meth:`loss`, and overrides of the rest what it needs.
 
     Attributes:
-        trains_on_meta: whether the meta set joins the training set.
+        meta_copies: how often the meta set is in the training set.
         derived: what else is made of the trained student, names in ``longtail.afterwards``.
         cost: time of a run in units of a plain one, roughly, for the progress bar alone.
         start: share of the epochs after which :meth:`wrap` is called.
@@ -26,7 +26,7 @@ class Method:
         debiases: whether the teacher's logits lose their ``prior_bias``, found on the meta set.
     """
 
-    trains_on_meta: ClassVar[bool] = False
+    meta_copies: int = 0
     derived: ClassVar[tuple[str, ...]] = ()
     cost: float = 1.0
     start: float = 0.0
@@ -41,8 +41,7 @@ class Method:
     @property
     def counts(self) -> Tensor:
         """Samples of each class that the student is trained on, [C]."""
-        extra = self.protocol.meta_per_class if self.trains_on_meta else 0
-        return self.task.counts + extra
+        return self.task.counts + self.meta_copies * self.protocol.meta_per_class
 
     def candidates(self) -> list[Method]:
         """Methods of which the one with the best accuracy on the meta set counts."""

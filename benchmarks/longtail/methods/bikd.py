@@ -43,7 +43,7 @@ class BiKD(Method):
         floor: the weights' lower bound.
         mean, ratio: of MetaWeightNet, in place of these bounds; 0 for weights without a fixed mean.
         features: of MetaWeightNet, joined by "+"; "frequency" is the log frequency of the label.
-        with_meta: 1 for the meta set in the training set too.
+        with_meta: how often the meta set is in the training set too.
         debias: 1 for a teacher without its ``prior_bias``.
     """
 
@@ -77,7 +77,7 @@ class BiKD(Method):
         debias: int = 0,
     ) -> None:
         super().__init__(task, protocol, seed, debias=debias)
-        self.trains_on_meta = bool(with_meta)
+        self.meta_copies = with_meta
         few_classes = task.num_classes <= 10
         as_authors = method == "paper" and soft == "kl"
         self.start = start

@@ -43,7 +43,7 @@ class KDWithMeta(KD):
     """Control: KD with the meta set added to the training set."""
 
     derived = ()
-    trains_on_meta = True
+    meta_copies = 1
 
 
 class KDHalf(KD):
@@ -81,6 +81,9 @@ class BalancedSoftmaxKD(Method):
         hard, soft: weights of the two losses.
         tail: power of a class's frequency by which its hard weight falls, `hard` on average over
             the training samples: what of BiKD's gain a formula has too.
+        robust: q of generalized cross entropy (Zhang, Sabuncu, "Generalized Cross Entropy Loss for
+            Training Deep Neural Networks with Noisy Labels", 2018, eq. 6), which samples with an
+            unlikely label hardly move: (1 − exp(−q · h)) / q in place of the hard loss h.
         debias: as for every method.
     """
 
@@ -95,13 +98,14 @@ class BalancedSoftmaxKD(Method):
         hard: float = 0.5,
         soft: float = 0.5,
         tail: float = 0.0,
+        robust: float = 0.0,
         debias: int = 0,
     ) -> None:
         super().__init__(task, protocol, seed, debias=debias)
         self._loss = WeightedKDLoss(
             temperature=protocol.temperature,
             alpha=(hard, soft),
-            hard_loss=_TailSoftmax(self.counts, tail),
+            hard_loss=_TailSoftmax(self.counts, tail, robust),
         )
 
     def loss(
@@ -113,20 +117,32 @@ class BalancedSoftmaxKD(Method):
 class _TailSoftmax(BalancedSoftmax):
     """Balanced softmax, weighted by a power of the class's frequency; 1 on average."""
 
-    def __init__(self, counts: Tensor, power: float) -> None:
+    def __init__(self, counts: Tensor, power: float, robust: float) -> None:
         super().__init__(counts)
+        self._robust = robust
         weight = counts.double() ** -power
         self.register_buffer("weight", (weight * counts.sum() / (weight * counts).sum()).float())
 
     def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         weight = self.weight.to(student_logits)
-        return weight[targets] * super().forward(student_logits, targets)
+        loss = super().forward(student_logits, targets)
+        if self._robust:
+            loss = -torch.expm1(-self._robust * loss) / self._robust
+        return weight[targets] * loss
 
 
 class BalancedSoftmaxKDWithMeta(BalancedSoftmaxKD):
-    """Control: balanced softmax and KD with the meta set added to the training set."""
+    """Control: balanced softmax and KD with the meta set added to the training set.
 
-    trains_on_meta = True
+    Args:
+        copies: how often, so that its samples weigh more.
+    """
+
+    def __init__(
+        self, task: Task, protocol: Protocol, seed: int, *, copies: int = 1, **options: float
+    ) -> None:
+        self.meta_copies = copies
+        super().__init__(task, protocol, seed, **options)
 
 
 class DKD(Method):
