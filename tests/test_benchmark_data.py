@@ -119,15 +119,15 @@ def test_the_meta_set_does_not_depend_on_the_imbalance(task):
 
 
 def test_a_share_of_the_training_labels_alone_is_wrong(task):
-    noisy = Task(numbered(), small(label_noise=0.4), torch.device("cpu"))
+    noisy = Task(numbered(), small(label_noise=0.9), torch.device("cpu"))
     wrong = noisy.targets != task.targets
-    assert wrong[task.train].sum() == round(0.4 * len(task.train)) and not wrong[task.meta].any()
+    assert wrong[task.train].sum() == round(0.9 * len(task.train)) and not wrong[task.meta].any()
     torch.testing.assert_close(noisy.validation.targets, task.validation.targets)
     torch.testing.assert_close(noisy.test.targets, task.test.targets)
     # the student's user counts what the labels say; the thirds are those of the truth
     torch.testing.assert_close(noisy.counts, noisy.targets[task.train].bincount())
     assert noisy.groups == task.groups
-    again = Task(numbered(), small(label_noise=0.4), torch.device("cpu"))
+    again = Task(numbered(), small(label_noise=0.9), torch.device("cpu"))
     torch.testing.assert_close(noisy.targets, again.targets)
 
 
