@@ -87,6 +87,12 @@ def test_differences_to_any_method():
     ]
 
 
+def test_wrong_labels_are_named_in_the_title():
+    settings = {"teacher": "resnet8x4", "label_noise": 0.4}
+    (group,) = grouped([record("kd", 0, 40.0, settings=settings)])
+    assert group.title.startswith("cifar10, imbalance 100, 40% of the labels wrong: Teacher")
+
+
 def test_of_a_repeated_seed_the_last_result_counts():
     tables = grouped([*RECORDS, record("ours", 0, 10.0)])
     ours = next(iter(tables.values()))["ours"]

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from longtail.paired import Record  # noqa: E402
 from longtail.table import Group, cost, grouped  # noqa: E402
@@ -45,12 +46,11 @@ def draw(records: Sequence[Record], split: str, stem: Path) -> list[Path]:
         The files written.
     """
     tables = grouped(records)
-    without = {group[:2]: methods for group, methods in tables.items() if group.teacher == "none"}
     paths = []
     for group, methods in tables.items():
         if group.teacher == "none":
             continue
-        both = {**methods, **without.get(group[:2], {})}
+        both = {**methods, **tables.get(group._replace(teacher="none"), {})}
         teacher = Path(group.teacher).stem
         name = f"{stem.name}-{group.dataset}-{group.imbalance:g}-{teacher}"
         paths.append(_by_frequency(both, group, split, stem.with_name(f"{name}-classes.png")))
@@ -72,7 +72,7 @@ def _short(method: str) -> str:
 
 
 def _title(group: Group) -> str:
-    return f"{group.dataset}, imbalance {group.imbalance:g}, teacher {group.teacher}"
+    return f"{group.data}, teacher {group.teacher}"
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:
@@ -100,6 +100,9 @@ def _by_frequency(methods: dict[str, list[Record]], group: Group, split: str, pa
         label = f"{_short(method)} ({_overall(rows, split):.1f} overall)"
         axes.plot(*zip(*by_count), marker="o", markersize=4, linewidth=width, label=label)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_xaxis()
     axes.set_xlabel("training samples of the class")
     axes.set_ylabel(f"{split} accuracy of the class (%)")

@@ -30,17 +30,24 @@ class Group(NamedTuple):
     dataset: str
     imbalance: float
     teacher: str
+    label_noise: float = 0.0
+
+    @property
+    def data(self) -> str:
+        noise = f", {self.label_noise:.0%} of the labels wrong" if self.label_noise else ""
+        return f"{self.dataset}, imbalance {self.imbalance:g}{noise}"
 
     @property
     def title(self) -> str:
-        return f"{self.dataset}, imbalance {self.imbalance:g}: {_described(self.teacher)}"
+        return f"{self.data}: {_described(self.teacher)}"
 
 
 def grouped(records: Sequence[Record]) -> dict[Group, dict[str, list[Record]]]:
     """Results by table and method, each sorted by seed; of a repeated seed the last counts."""
     tables: dict[Group, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
-        group = Group(record["dataset"], record["imbalance"], record["teacher"])
+        noise = record["settings"].get("label_noise", 0.0)
+        group = Group(record["dataset"], record["imbalance"], record["teacher"], noise)
         tables[group][record["method"]][record["seed"]] = record
     order = list(_TEACHERS)
     names = sorted(
