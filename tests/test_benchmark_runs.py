@@ -138,6 +138,13 @@ def test_the_meta_set_can_be_in_the_training_set_several_times(task, protocol):
     assert (method.counts - task.counts).tolist() == [3 * 4] * 4
 
 
+def test_a_student_of_the_meta_set_alone_sees_nothing_else(task, protocol):
+    method = make_method("meta-alone", task, protocol, 0)
+    samples = method.samples()
+    assert set(samples.tolist()) == set(task.meta.tolist())
+    assert len(task.train) <= len(samples) < len(task.train) + len(task.meta)
+
+
 def test_a_robust_hard_loss_hardly_minds_unlikely_labels(task, protocol):
     logits = torch.tensor([[9.0, 0, 0, 0]] * 2, requires_grad=True)
     gradients = {}

@@ -79,7 +79,7 @@ def fit(
         model.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay
     )
     optimizer: torch.optim.Optimizer = sgd
-    samples = torch.cat((task.train, task.meta.repeat(method.meta_copies)))
+    samples = method.samples()
     # The last, smaller batch is left out: all batches alike, and each epoch leaves out others.
     steps = len(samples) // protocol.batch_size
     scheduler = _schedule(sgd, protocol, epochs, steps)

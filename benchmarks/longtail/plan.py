@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from longtail.protocol import Protocol
 
 # methods that a plan runs once, whatever the teacher
-WITHOUT_TEACHER = ("ce", "bs", "drw")
+WITHOUT_TEACHER = ("ce", "bs", "drw", "meta-alone")
 
 
 class Run(NamedTuple):

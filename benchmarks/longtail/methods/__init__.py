@@ -22,13 +22,19 @@ from longtail.methods.distillation import (
     LongTailedKD,
     WeightedSoftLabels,
 )
-from longtail.methods.plain import BalancedSoftmaxAlone, CrossEntropy, DeferredReweighting
+from longtail.methods.plain import (
+    BalancedSoftmaxAlone,
+    CrossEntropy,
+    DeferredReweighting,
+    MetaAlone,
+)
 from longtail.protocol import Protocol
 
 METHODS: dict[str, Callable[..., Method]] = {
     "ce": CrossEntropy,
     "bs": BalancedSoftmaxAlone,
     "drw": DeferredReweighting,
+    "meta-alone": MetaAlone,
     "kd": KD,
     "kd+meta": KDWithMeta,
     "kd-chosen": KDChosen,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -42,6 +43,10 @@ class Method:
     def counts(self) -> Tensor:
         """Samples of each class that the student is trained on, [C]."""
         return self.task.counts + self.meta_copies * self.protocol.meta_per_class
+
+    def samples(self) -> Tensor:
+        """Pool indices of one epoch."""
+        return torch.cat((self.task.train, self.task.meta.repeat(self.meta_copies)))
 
     def candidates(self) -> list[Method]:
         """Methods of which the one with the best accuracy on the meta set counts."""

@@ -24,6 +24,15 @@ class CrossEntropy(Method):
         return F.cross_entropy(student_logits, targets)
 
 
+class MetaAlone(CrossEntropy):
+    """Control: cross entropy on the meta set alone, for as many steps as the others take."""
+
+    derived = ()
+
+    def samples(self) -> Tensor:
+        return self.task.meta.repeat(-(-len(self.task.train) // len(self.task.meta)))
+
+
 class BalancedSoftmaxAlone(Method):
     """Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", 2020, eq. 4."""
 
