@@ -180,6 +180,8 @@ def _settings(records: Sequence[Record]) -> list[str]:
     shown = set()
     for record in records:
         settings = {k: v for k, v in record["settings"].items() if k != "imbalance"}
+        if not settings.get("label_noise"):
+            settings.pop("label_noise", None)  # older results do not name it
         text = ", ".join(f"{name} {value}" for name, value in settings.items() if value != [])
         versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
         machine = record["machine"]
