@@ -134,7 +134,8 @@ class MetaWeightNet(nn.Module):
             the loss as a whole, which a hypergradient through few steps would shrink. None leaves
             every weight free.
         ratio: with `mean`, how many times the smallest weight the largest can be. With balanced
-            softmax as the hard loss 10 did best, which with plain cross entropy costs accuracy.
+            softmax as the hard loss 10 did best, which with plain cross entropy costs accuracy;
+            100 where some of the training labels were wrong.
 
     Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1), or with `mean`
     in (mean / ratio, mean · ratio). Ignored positions count as samples in the average.
