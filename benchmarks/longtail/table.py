@@ -179,10 +179,12 @@ def _settings(records: Sequence[Record]) -> list[str]:
     lines = ["## Settings", ""]
     shown = set()
     for record in records:
-        settings = {k: v for k, v in record["settings"].items() if k != "imbalance"}
-        if not settings.get("label_noise"):
-            settings.pop("label_noise", None)  # older results do not name it
-        text = ", ".join(f"{name} {value}" for name, value in settings.items() if value != [])
+        text = ", ".join(
+            f"{name} {value}"
+            for name, value in record["settings"].items()
+            # a share of none goes unsaid: older results do not name it
+            if name != "imbalance" and value != [] and (name, value) != ("label_noise", 0)
+        )
         versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
         machine = record["machine"]
         where = f"{machine['device']}, amp {machine['amp']}, compile {machine['compile']}"

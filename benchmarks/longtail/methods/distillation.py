@@ -105,7 +105,7 @@ class BalancedSoftmaxKD(Method):
         self._loss = WeightedKDLoss(
             temperature=protocol.temperature,
             alpha=(hard, soft),
-            hard_loss=_TailSoftmax(self.counts, tail, robust),
+            hard_loss=_HardLoss(self.counts, tail, robust),
         )
 
     def loss(
@@ -114,8 +114,11 @@ class BalancedSoftmaxKD(Method):
         return self._loss(student_logits, teacher_logits, targets)
 
 
-class _TailSoftmax(BalancedSoftmax):
-    """Balanced softmax, weighted by a power of the class's frequency; 1 on average."""
+class _HardLoss(BalancedSoftmax):
+    """Balanced softmax, robust on demand, weighted by a power of the class's frequency.
+
+    The weight is 1 on average over the training samples.
+    """
 
     def __init__(self, counts: Tensor, power: float, robust: float) -> None:
         super().__init__(counts)
