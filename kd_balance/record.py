@@ -14,6 +14,7 @@ from kd_balance.clipping import GradientWatch
 from kd_balance.hooks import WeakHook
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.replay import StudentCall, leaves_of, replayable
+from kd_balance.replay.dropout import draw_as_usual, draw_plainly
 from kd_balance.replay.memory_format import ReplayFormat
 
 
@@ -79,7 +80,7 @@ class Recorder:
     def __init__(
         self, student: nn.Module, criterion: WeightedKDLoss, gradients: GradientWatch
     ) -> None:
-        self.active = False
+        self._active = False
         self._gradients = gradients
         self._student = replayable(student)
         self._criterion = criterion
@@ -93,6 +94,19 @@ class Recorder:
             student.register_forward_hook(WeakHook(self._after_student), with_kwargs=True),
             criterion.register_forward_hook(WeakHook(self._after_criterion), with_kwargs=True),
         ]
+
+    @property
+    def active(self) -> bool:
+        """Whether the coming step is watched."""
+        return self._active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        self._active = active
+        if active:
+            draw_plainly(self)
+        else:
+            draw_as_usual(self)
 
     def take(self) -> list[CriterionCall]:
         """The calls whose results went through backward since the last time, forgetting all."""

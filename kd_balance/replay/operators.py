@@ -19,14 +19,12 @@ from torch.overrides import TorchFunctionMode
 def differentiable_operators(module: nn.Module) -> Iterator[None]:
     """Plain operators in place of fused and compiled ones, which lack derivatives."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    cudnn, mkldnn = torch.backends.cudnn.enabled, torch._C._get_mkldnn_enabled()
     cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     torch.backends.mha.set_fastpath_enabled(False)
-    if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-        torch.backends.cudnn.enabled = False
-        torch._C._set_mkldnn_enabled(False)
     try:
         with ExitStack() as stack:
+            if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+                stack.enter_context(plain_recurrence())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             if _has_weight_norm(module):
@@ -35,6 +33,17 @@ def differentiable_operators(module: nn.Module) -> Iterator[None]:
     finally:
         parametrize._cache_enabled = cached
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def plain_recurrence() -> Iterator[None]:
+    """torch's own recurrent layers, where cuDNN and oneDNN have others."""
+    cudnn, mkldnn = torch.backends.cudnn.enabled, torch._C._get_mkldnn_enabled()
+    torch.backends.cudnn.enabled = False
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
         torch.backends.cudnn.enabled = cudnn
         torch._C._set_mkldnn_enabled(mkldnn)
 
