@@ -197,8 +197,9 @@ def _put(x):
 
 
 def available() -> bool:
-    """Whether this version of torch takes devices written in Python."""
-    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+    """Whether this torch takes devices written in Python; beside them, autograd on CUDA breaks."""
+    takes_devices = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+    return takes_devices and not torch.cuda.is_available()
 
 
 if available():

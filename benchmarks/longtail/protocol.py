@@ -26,6 +26,8 @@ class Protocol:
         test_per_class: test samples a class; None takes all.
         label_noise: share of the training samples that bear another class's label, drawn
             uniformly. The labels of the meta, validation and test samples are right.
+        teacher_sees_meta: whether the meta set is in the teacher's training set too, as where it is
+            cut out of the training set when the teacher is there already.
         teacher_amp: bfloat16 autocast for the teacher, in training and for its logits.
         views: how many augmented views of each training sample there are. Every method sees the
             same ones, so a teacher's logits are computed once.
@@ -46,6 +48,7 @@ class Protocol:
     label_noise: float = 0.0
     epochs: int = 40
     teacher_epochs: int = 40
+    teacher_sees_meta: bool = False
     teacher_amp: bool = False
     batch_size: int = 100
     meta_batch_size: int = 100

@@ -79,6 +79,7 @@ def _make(
         seconds = saved["seconds"]
     elif kind in KINDS:
         method = make_method(KINDS[kind], task, protocol, protocol.split_seed)
+        method.meta_copies = int(protocol.teacher_sees_meta)
         part = path.with_suffix(".checkpoint")
         done = fit(model, method, protocol.teacher_epochs, None, machine, checkpoint=part)
         seconds = done.seconds
