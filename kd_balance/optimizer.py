@@ -22,6 +22,8 @@ from kd_balance.record import CriterionCall, Recorder
 from kd_balance.replay import replayable
 
 METHODS = ("online", "lookahead", "paper")
+UNROLL, EVERY = 4, 32  # a window: fewer steps of it gain less, more windows gain nothing
+_RATE = 1e-3  # of φ's Adam, for windows of up to UNROLL steps
 
 _watching: WeakSet[BilevelOptimizer] = WeakSet()
 
@@ -51,15 +53,17 @@ class BilevelOptimizer(Optimizer):
         engine: "adjoint" (forward mode, cheap) or "unroll" (the whole inner run as one graph, the
             reference). They agree to rounding.
         unroll: the number of last student steps that the hypergradient passes through, at most
-            `every`. For more than one, loss terms beside the criterion count as constants in the
-            student's curvature.
-        every: student steps for each hypergradient.
+            `every`; default 4, or `every` if that is less. For more than one, loss terms beside
+            the criterion count as constants in the student's curvature.
+        every: student steps for each hypergradient; default 32, or `unroll` if that is more. The
+            default of both is 1 for method "paper".
         accumulate: hypergradients averaged before φ moves. The average then stays in the ``.grad``
             of the weight net's parameters until the next one is begun.
         meta_loss: "hard" (cross entropy), "soft" (the criterion's soft loss), "mix" (their sum), or
             ``(student_logits, targets) -> scalar``.
         teacher: maps meta inputs to teacher logits, for "mix" and "soft".
-        meta_optimizer: of the weight net; default Adam(lr=1e-3, weight_decay=1e-4).
+        meta_optimizer: of the weight net; default Adam with weight decay 1e-4 and a rate that
+            makes up for rare steps: 1e-3, or 2.5e-4 · `every` if that is more.
         meta_forward: ``(student, batch) -> (student_logits, targets)`` for meta batches of any
             other shape.
         grad_scaler: the GradScaler of the loop, whose scale the hypergradient must not carry.
@@ -89,8 +93,8 @@ class BilevelOptimizer(Optimizer):
         *,
         method: str = "online",
         engine: str = "adjoint",
-        unroll: int = 1,
-        every: int = 1,
+        unroll: int | None = None,
+        every: int | None = None,
         accumulate: int = 1,
         meta_loss: str | MetaLoss = "hard",
         teacher: Callable[..., Tensor] | None = None,
@@ -100,6 +104,7 @@ class BilevelOptimizer(Optimizer):
     ) -> None:
         _check_choice("method", method, METHODS)
         _check_choice("engine", engine, tuple(ENGINES))
+        unroll, every = _window(method, unroll, every)
         for name, value in (("unroll", unroll), ("every", every), ("accumulate", accumulate)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
@@ -125,7 +130,7 @@ class BilevelOptimizer(Optimizer):
         self.accumulate = accumulate
         criterion.follow(next(module.parameters()).device)
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(
-            criterion.phi, lr=1e-3, weight_decay=1e-4
+            criterion.phi, lr=_RATE * max(1.0, every / UNROLL), weight_decay=1e-4
         )
         self._meta_set = MetaSet(meta_loader)
         self._objective = MetaObjective(module, criterion, meta_loss, teacher, meta_forward)
@@ -503,6 +508,16 @@ def _modes_of_our_own(device: torch.device) -> Iterator[None]:
     with torch.inference_mode(False), torch.enable_grad():
         with torch.autocast(device.type, enabled=False):
             yield
+
+
+def _window(method: str, unroll: int | None, every: int | None) -> tuple[int, int]:
+    """The sizes given; one left out fits the other, and method "paper" has the paper's."""
+    most, length = (1, 1) if method == "paper" else (UNROLL, EVERY)
+    if every is None:
+        every = max(length, unroll) if isinstance(unroll, int) else length
+    if unroll is None:
+        unroll = min(most, every) if isinstance(every, int) else most
+    return unroll, every
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss
-from tests.students import CLASSES, MLP, OPTIMIZERS, logits_of, relative_error
+from tests.students import CLASSES, EVERY_STEP, MLP, OPTIMIZERS, logits_of, relative_error
 
 
 class Table(nn.Module):
@@ -95,7 +95,7 @@ class Lab:
         if settings.pop("grad_scaler", False):
             settings["grad_scaler"] = self.scaler
         phi = torch.optim.SGD(self.criterion.weight_net.parameters(), lr=rate)
-        settings = {"meta_optimizer": phi, **settings}
+        settings = {"meta_optimizer": phi, **EVERY_STEP, **settings}
         self.optimizer = BilevelOptimizer(
             self.optimizer, self.called, self.criterion, meta, **settings
         )

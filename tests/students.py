@@ -7,6 +7,9 @@ from torch import nn
 CLASSES = 5
 
 
+EVERY_STEP = {"unroll": 1, "every": 1}  # of a BilevelOptimizer: the finest, for tests of one step
+
+
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()

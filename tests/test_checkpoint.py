@@ -8,7 +8,7 @@ import torch
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.data import BalancedBatches
 from kd_balance.history import WeightHistory
-from tests.students import CLASSES, OPTIMIZERS, ConvNet, relative_error
+from tests.students import CLASSES, EVERY_STEP, OPTIMIZERS, ConvNet, relative_error
 
 STEPS = 8
 
@@ -31,7 +31,7 @@ class Training:
                 self.student,
                 self.criterion,
                 BalancedBatches(inputs, labels, batch_size=7, seed=seed),
-                **settings,
+                **{**EVERY_STEP, **settings},
             )
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, gamma=0.5)
 
@@ -191,7 +191,9 @@ def test_a_meta_loader_without_a_position_begins_its_epoch_anew(tmp_path):
         made = Training(wrapped=False)
         samples = [(torch.full((2, 6, 6), float(i)), i % CLASSES) for i in range(6)]
         loader = torch.utils.data.DataLoader(samples, batch_size=2, shuffle=True)
-        made.optimizer = BilevelOptimizer(made.optimizer, made.student, made.criterion, loader)
+        made.optimizer = BilevelOptimizer(
+            made.optimizer, made.student, made.criterion, loader, **EVERY_STEP
+        )
         return made
 
     expected = training().run(0, 6)

@@ -26,7 +26,16 @@ from tests.habits import (
     train,
     trained,
 )
-from tests.students import CLASSES, ConvNet, MLP, Tied, Transformer, logits_of, relative_error
+from tests.students import (
+    CLASSES,
+    EVERY_STEP,
+    MLP,
+    ConvNet,
+    Tied,
+    Transformer,
+    logits_of,
+    relative_error,
+)
 from tests.test_habits_accumulation import CLEARINGS, CLIPPINGS, clearing, clipped, micro_batches
 from tests.test_habits_calls import loop_of, soft_targets, two_crops, two_labels
 from tests.test_habits_modules import (
@@ -223,7 +232,7 @@ def test_nothing_has_to_be_moved_by_hand(device):
     criterion = WeightedKDLoss(MetaWeightNet(hidden=(4,)))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     meta = [(torch.randn(7, 8), torch.arange(7) % CLASSES)]
-    optimizer = BilevelOptimizer(optimizer, student, criterion, meta)
+    optimizer = BilevelOptimizer(optimizer, student, criterion, meta, **EVERY_STEP)
     assert all(p.device.type == device for p in criterion.weight_net.parameters())
     inputs, labels = torch.randn(9, 8).to(device), (torch.arange(9) % CLASSES).to(device)
     criterion(student(inputs), torch.randn(9, CLASSES).to(device), labels).backward()

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
-from tests.students import OPTIMIZERS, STUDENTS, Run, logits_of, relative_error, two_groups
+from tests.students import (
+    EVERY_STEP,
+    OPTIMIZERS,
+    STUDENTS,
+    Run,
+    logits_of,
+    relative_error,
+    two_groups,
+)
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
@@ -133,7 +141,7 @@ def test_online_is_the_finite_difference_of_the_real_step(student, optimizer, wa
             inner.zero_grad()
         criterion.weight_net.weights.data[4, 1] += nudge
         if record:
-            inner = BilevelOptimizer(inner, run.student, criterion, meta)
+            inner = BilevelOptimizer(inner, run.student, criterion, meta, **EVERY_STEP)
         inputs, teacher_logits, labels = steps[1]
         torch.manual_seed(2)
         criterion(logits_of(run.student(inputs)), teacher_logits, labels).backward()

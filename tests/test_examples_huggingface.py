@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
-from tests.students import relative_error
+from tests.students import EVERY_STEP, relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -34,10 +34,10 @@ def example():
     return module
 
 
-def test_the_example_trains_student_and_weight_net(example, tmp_path, capsys):
-    trainer = example.main(["--max_steps", "4", "--output_dir", str(tmp_path)])
+def test_the_example_trains_student_and_weight_net(example, tmp_path, windows_of_four, capsys):
+    trainer = example.main(["--max_steps", "8", "--output_dir", str(tmp_path)])
     optimizer = trainer.bilevel_optimizer
-    assert optimizer.metrics["meta_updates"] == 4
+    assert optimizer.metrics["meta_updates"] == 2
     assert optimizer.metrics["skipped_updates"] == 0
     assert all(p.grad.any() for p in trainer.criterion.weight_net.parameters())
     assert optimizer.optimizer.param_groups[0]["lr"] == 0  # the end of the linear schedule
@@ -99,7 +99,7 @@ def made(example, folder, dropout=0.0, bilevel=None, optimizers=(None, None), **
         optimizers=optimizers,
         criterion=criterion,
         meta_loader=torch.utils.data.DataLoader(Rows(12, seed=1), batch_size=6),
-        bilevel=bilevel,
+        bilevel={**EVERY_STEP, **(bilevel or {})},
     )
 
 
@@ -128,7 +128,7 @@ def test_it_is_the_plain_loop(example, tmp_path, pieces, method):
     meta_loader = torch.utils.data.DataLoader(Rows(12, seed=1), batch_size=6)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, weight_decay=0)
     optimizer = BilevelOptimizer(
-        optimizer, student, criterion, meta_loader, method=method, engine="unroll"
+        optimizer, student, criterion, meta_loader, method=method, engine="unroll", **EVERY_STEP
     )
     rows = Rows(48)
     for step in range(4):

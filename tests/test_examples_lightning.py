@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from tests.habits import assert_one_sentence
-from tests.students import ConvNet, relative_error
+from tests.students import EVERY_STEP, ConvNet, relative_error
 
 L = pytest.importorskip("lightning", reason="lightning is not installed")
 pytest.importorskip("sklearn", reason="the example's data are scikit-learn's")
@@ -29,7 +29,9 @@ def example():
     return module
 
 
-def test_the_example_trains_student_and_weight_net(example, monkeypatch, capsys):
+def test_the_example_trains_student_and_weight_net(
+    example, windows_of_four, monkeypatch, capsys
+):
     made = []
 
     class Watched(BilevelOptimizer):
@@ -41,7 +43,7 @@ def test_the_example_trains_student_and_weight_net(example, monkeypatch, capsys)
     monkeypatch.setattr(example, "BilevelOptimizer", Watched)
     distillation = example.main(["--epochs", "2"])
     (optimizer,) = made
-    assert optimizer.metrics["meta_updates"] == 18  # 280 images in batches of 32, twice
+    assert optimizer.metrics["meta_updates"] == 4  # 280 images in batches of 32, twice
     assert optimizer.metrics["skipped_updates"] == 0
     assert relative_error(distillation.criterion.parameters(), optimizer.before) > 0
     assert optimizer.optimizer.param_groups[0]["lr"] < 0.01  # the end of the one-cycle schedule
@@ -68,7 +70,7 @@ def module(base, dtype=torch.float64, rate=0.1, scheduled=True, parameters=None,
                 self.criterion,
                 self.meta,
                 meta_optimizer=torch.optim.SGD(self.criterion.parameters(), lr=rate),
-                **settings,
+                **{**EVERY_STEP, **settings},
             )
             if not scheduled:
                 return self.wrapper
@@ -125,6 +127,7 @@ def test_it_is_the_plain_loop(example, tmp_path, manual, pieces):
         data(10, seed=1, batch_size=5),
         meta_optimizer=torch.optim.SGD(criterion.parameters(), lr=0.1),
         engine="unroll",
+        **EVERY_STEP,
     )
     for step, (inputs, targets) in enumerate(data(), 1):
         (criterion(student(inputs), teacher(inputs).detach(), targets) / pieces).backward()

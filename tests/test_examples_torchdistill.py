@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from tests.habits import assert_one_sentence
-from tests.students import relative_error
+from tests.students import EVERY_STEP, relative_error
 
 pytest.importorskip("sklearn", reason="the example's data are scikit-learn's")
 pytest.importorskip(
@@ -33,11 +33,11 @@ def example(monkeypatch):
     return train
 
 
-def test_the_example_trains_student_and_weight_net(example, capsys):
+def test_the_example_trains_student_and_weight_net(example, windows_of_four, capsys):
     box = example.main(["--epochs", "2"])
     optimizer = box.optimizer
     assert isinstance(optimizer, BilevelOptimizer)
-    assert optimizer.metrics["meta_updates"] == 18  # 280 images in batches of 32, twice
+    assert optimizer.metrics["meta_updates"] == 4  # 280 images in batches of 32, twice
     assert optimizer.metrics["skipped_updates"] == 0
     assert all(p.grad.any() for p in optimizer.criterion.weight_net.parameters())
     assert "student, test: all" in capsys.readouterr().out
@@ -54,6 +54,7 @@ def configuration(example, **optimizer):
     train["scheduler"] = {"key": "MultiStepLR", "kwargs": {"milestones": [1], "gamma": 0.1}}
     train["num_epochs"] = 2
     train["optimizer"].update(optimizer)
+    train["optimizer"]["kwargs"]["bilevel"] = EVERY_STEP
     return config
 
 
@@ -91,7 +92,8 @@ def test_it_is_the_plain_loop(example):
     torch.manual_seed(1)
     criterion = WeightedKDLoss(MetaWeightNet(), temperature=4.0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    optimizer = BilevelOptimizer(optimizer, student, criterion, digits.meta_loader(50))
+    meta_loader = digits.meta_loader(50)
+    optimizer = BilevelOptimizer(optimizer, student, criterion, meta_loader, **EVERY_STEP)
     loader = torch.utils.data.DataLoader(digits.dataset("train"), batch_size=32)
     for epoch in range(2):
         for index, (inputs, targets) in enumerate(loader, 1):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.inner_step import DIFFERENTIABLE, Update
-from tests.students import OPTIMIZERS, Run, relative_error, two_groups
+from tests.students import EVERY_STEP, OPTIMIZERS, Run, relative_error, two_groups
 
 
 # torch rounds NAdam's momentum product to float32 even for float64 parameters
@@ -133,7 +133,11 @@ def test_no_warning_reaches_the_user():
     run = Run("mlp", torch.float32)
     criterion = WeightedKDLoss(MetaWeightNet())
     optimizer = BilevelOptimizer(
-        OPTIMIZERS["adamw"](run.student.parameters()), run.student, criterion, run.meta_batches(1)
+        OPTIMIZERS["adamw"](run.student.parameters()),
+        run.student,
+        criterion,
+        run.meta_batches(1),
+        **EVERY_STEP,
     )
     inputs, teacher_logits, labels = run.batches(1)[0]
     with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from torch import nn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.replay.memory_format import ReplayFormat
-from tests.students import CLASSES, relative_error
+from tests.students import CLASSES, EVERY_STEP, relative_error
 
 
 class Net(nn.Module):
@@ -42,7 +42,7 @@ def train(flatten, dropout, monkeypatch, convert=True):
     criterion = WeightedKDLoss(MetaWeightNet(hidden=(4,)).double())
     meta = [(torch.randn(5, 3, 6, 6).double(), torch.arange(5))]
     optimizer = BilevelOptimizer(
-        torch.optim.SGD(student.parameters(), lr=0.1), student, criterion, meta
+        torch.optim.SGD(student.parameters(), lr=0.1), student, criterion, meta, **EVERY_STEP
     )
     gradients = []
     for _ in range(2):

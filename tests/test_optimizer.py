@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
-from tests.students import CLASSES, MLP, OPTIMIZERS, Run, relative_error
+from tests.students import CLASSES, EVERY_STEP, MLP, OPTIMIZERS, Run, relative_error
 
 
 class Setting:
@@ -20,7 +20,7 @@ class Setting:
         self.criterion = criterion or WeightedKDLoss(MetaWeightNet(hidden=(4,)))
         self.inner = optimizer or OPTIMIZERS["sgd-momentum"](self.student.parameters())
         self.meta = self.run.meta_batches(2) if meta is None else meta
-        self.settings = settings
+        self.settings = {**EVERY_STEP, **settings}
 
     def wrapped(self):
         return BilevelOptimizer(
@@ -223,6 +223,30 @@ def test_frozen_parts_of_the_weight_net_stay_and_the_rest_moves_as_ever(engine):
         assert (relative_error(first.parameters(), before) == 0) == frozen
         moved[frozen] = list(last.parameters())
     assert relative_error(moved[True], moved[False]) == 0
+
+
+@pytest.mark.parametrize(
+    "given, unroll, every, rate",
+    [
+        ({}, 4, 32, 8e-3),
+        ({"method": "lookahead"}, 4, 32, 8e-3),
+        ({"method": "paper"}, 1, 1, 1e-3),
+        ({"method": "paper", "every": 8}, 1, 8, 2e-3),
+        ({"every": 3}, 3, 3, 1e-3),
+        ({"every": 16}, 4, 16, 4e-3),
+        ({"unroll": 1}, 1, 32, 8e-3),
+        ({"unroll": 40}, 40, 40, 1e-2),
+        ({"every": 1, "unroll": 1}, 1, 1, 1e-3),
+    ],
+)
+def test_what_is_not_given_of_a_window(given, unroll, every, rate):
+    """One size left out fits the other, and φ's rate makes up for rare steps."""
+    setting = Setting()
+    optimizer = BilevelOptimizer(
+        setting.inner, setting.student, setting.criterion, setting.meta, **given
+    )
+    assert (optimizer.unroll, optimizer.every) == (unroll, every)
+    assert optimizer.meta_optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-12)
 
 
 def test_every_and_accumulate_decide_when_phi_moves():

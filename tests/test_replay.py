@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
-from tests.students import OPTIMIZERS, STUDENTS, Run, logits_of
+from tests.students import EVERY_STEP, OPTIMIZERS, STUDENTS, Run, logits_of
 
 
 def train(wrap, student="conv", steps=4, optimizer="sgd-momentum", **settings):
@@ -24,7 +24,7 @@ def train(wrap, student="conv", steps=4, optimizer="sgd-momentum", **settings):
             criterion,
             torch.utils.data.DataLoader(_flat(meta), batch_size=7, shuffle=True),
             meta_optimizer=torch.optim.SGD(criterion.weight_net.parameters(), lr=0.0),
-            **settings,
+            **{**EVERY_STEP, **settings},
         )
     torch.manual_seed(2)
     for inputs, teacher_logits, labels in batches:
@@ -100,6 +100,7 @@ def test_dropout_in_a_replay_draws_the_mask_of_the_call(monkeypatch):
         student,
         criterion,
         [(torch.randn(4, 5).double(), torch.arange(4))],
+        **EVERY_STEP,
     )
     seen = []
     losses = criterion.losses
@@ -125,6 +126,7 @@ def test_hooks_of_the_student_stay_and_ours_can_be_removed():
         student,
         criterion,
         [(torch.randn(3, 4), torch.arange(3))],
+        **EVERY_STEP,
     )
     criterion(student(torch.randn(5, 4)), torch.randn(5, 3), torch.arange(5) % 3).backward()
     optimizer.step()
@@ -145,6 +147,7 @@ def test_nothing_is_kept_after_a_step_or_when_outputs_die():
         student,
         criterion,
         [(torch.randn(3, 4), torch.arange(3))],
+        **EVERY_STEP,
     )
     unmatched = torch.randn(5, 4)
     student(unmatched)
