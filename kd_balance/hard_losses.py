@@ -19,7 +19,8 @@ class BalancedSoftmax(nn.Module):
     used unshifted afterwards.
 
     Args:
-        class_counts: training samples of each class [C], each above 0.
+        class_counts: training samples of each class [C]. A class without any takes no part in the
+            softmax, and as a label its loss is infinite.
         strength: factor of the shift: 1 is the paper's loss, 0 plain cross entropy. Other values
             are the training-time logit adjustment of Menon et al. 2021, eq. 10.
 
@@ -27,7 +28,7 @@ class BalancedSoftmax(nn.Module):
     gives [N].
 
     Raises:
-        ValueError: a class without samples.
+        ValueError: no class with samples; when called, logits of another number of classes.
 
     Example::
 
@@ -43,11 +44,24 @@ class BalancedSoftmax(nn.Module):
     def __init__(self, class_counts: Tensor | Sequence[int], strength: float = 1.0) -> None:
         super().__init__()
         self.strength = strength
-        self.register_buffer("log_prior", log_prior(class_counts))
+        unseen = torch.as_tensor(class_counts).detach().cpu() == 0
+        prior = log_prior(class_counts).masked_fill(unseen, float("-inf"))
+        self.register_buffer("log_prior", prior)
 
     def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
-        shift = self.strength * self.log_prior.to(student_logits)
-        return F.cross_entropy(student_logits + shift, targets, reduction="none")
+        if student_logits.shape[1] != len(self.log_prior):
+            raise ValueError(
+                f"class_counts has {len(self.log_prior)} numbers and the logits "
+                f"{student_logits.shape[1]} classes, expected as many: give "
+                f"kd_balance.data.class_counts num_classes={student_logits.shape[1]}."
+            )
+        logits = student_logits
+        if self.strength:  # times −∞ it would not be a number
+            logits = logits + self.strength * self.log_prior.to(logits)
+        if targets.dim() == 1:
+            return F.cross_entropy(logits, targets, reduction="none")
+        terms = targets * logits.log_softmax(1)
+        return -torch.where(targets > 0, terms, 0.0).sum(1)  # nor would 0 · ∞
 
 
 class ClassBalancedCrossEntropy(nn.Module):
@@ -100,7 +114,13 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float) 
     """
     if not 0 <= beta < 1:
         raise ValueError(f"beta is {beta}, expected a number from 0 to below 1.")
-    weights = (1 - beta) / (1 - beta ** _counts(class_counts))
+    counts = _counts(class_counts)
+    if not bool((counts > 0).all()):
+        raise ValueError(
+            f"class_counts is {counts.tolist()}, expected a number above 0 for each class: leave "
+            "out classes that never occur."
+        )
+    weights = (1 - beta) / (1 - beta**counts)
     return (weights / weights.mean()).float()
 
 
@@ -108,23 +128,26 @@ def log_prior(class_counts: Tensor | Sequence[int]) -> Tensor:
     """The log frequency of every class.
 
     Args:
-        class_counts: training samples of each class [C], each above 0.
+        class_counts: training samples of each class [C]. A class without any is taken for as
+            frequent as the rarest that has some.
 
     Returns:
-        float [C], in nats, below 0.
+        float [C], in nats, at most 0.
 
     Raises:
-        ValueError: a class without samples.
+        ValueError: no class with samples.
     """
     counts = _counts(class_counts)
-    return (counts / counts.sum()).log().float()
+    log_share = (counts / counts.sum()).log()
+    return log_share.clamp(min=log_share[counts > 0].min()).float()
 
 
 def _counts(class_counts: Tensor | Sequence[int]) -> Tensor:
     counts = torch.as_tensor(class_counts).detach().cpu().double()
-    if counts.dim() != 1 or not bool((counts > 0).all()):
+    known = counts.isfinite() & (counts >= 0)
+    if counts.dim() != 1 or not bool(known.all()) or not bool((counts > 0).any()):
         raise ValueError(
-            f"class_counts is {counts.tolist()}, expected one number above 0 for each class: leave "
-            "out classes that never occur."
+            f"class_counts is {counts.tolist()}, expected a number of samples for each class, "
+            "above 0 for one at least: count the training labels by kd_balance.data.class_counts."
         )
     return counts

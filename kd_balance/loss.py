@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_balance.weight_net import DEFAULT_FEATURES, compute_features
+from kd_balance.hard_losses import BalancedSoftmax
+from kd_balance.teacher_bias import prior_bias
+from kd_balance.weight_net import DEFAULT_FEATURES, LogFrequency, MetaWeightNet, compute_features
 
 HardLoss = Callable[[Tensor, Tensor], Tensor]
 SoftLoss = Callable[..., Tensor]
+
+RATIO = 100.0  # of long_tailed's weights: wrong labels need as much, right ones bear it
+_ENOUGH = 512  # samples for the one number that a teacher's bias is made of
 
 
 class _Flat(NamedTuple):
@@ -34,7 +40,8 @@ class WeightedKDLoss(nn.Module):
     Args:
         weight_net: maps features [N, F] to weights [N, 2]; usually a
             :class:`~kd_balance.MetaWeightNet`. Another module is given the features it names in a
-            tuple attribute ``features``, or else ("student_ce", "teacher_ce"). None is ordinary
+            tuple attribute ``features``, or else ("student_ce", "teacher_ce"), and with a true
+            attribute ``needs_kept`` which rows count, bool [N] or None for all. None is ordinary
             distillation with the fixed weights `alpha`.
         temperature: T of the soft loss, above 0.
         alpha: without a weight net, the mixture alpha · hard + (1 − alpha) · soft; or the pair
@@ -62,6 +69,8 @@ class WeightedKDLoss(nn.Module):
     Source: BiKD (arXiv 2605.17839), the training loss; Hinton et al. 2015 for the soft loss.
     """
 
+    teacher_bias: Tensor | None
+
     def __init__(
         self,
         weight_net: nn.Module | None = None,
@@ -82,12 +91,6 @@ class WeightedKDLoss(nn.Module):
             )
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, expected a number above 0.")
-        pair = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, 1 - alpha)
-        if len(pair) != 2 or min(pair) < 0:
-            raise ValueError(
-                f"alpha is {alpha}, expected a number in [0, 1] or a pair (hard weight, soft "
-                "weight) of numbers that are not negative."
-            )
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
         self.weight_net = weight_net
@@ -98,10 +101,104 @@ class WeightedKDLoss(nn.Module):
         self.reduction = reduction
         self.class_dim = class_dim
         self.ignore_index = ignore_index
-        self._fixed_weights = pair
+        self.class_counts: Tensor | Sequence[int] | None = None
+        self.register_buffer("teacher_bias", None)
+        self._fixed_weights = _pair(alpha)
+        self._kept: Tensor | None = None
         self._features: Tensor | None = None
         self._last_losses: Tensor | None = None
         self._weights: Tensor | None = None
+
+    @classmethod
+    def long_tailed(
+        cls,
+        class_counts: Tensor | Sequence[int],
+        *,
+        temperature: float = 4.0,
+        alpha: float | Sequence[float] = 0.5,
+        **settings: Any,
+    ) -> WeightedKDLoss:
+        """The loss for training sets whose classes differ in size.
+
+        The hard loss is balanced softmax. A :class:`~kd_balance.MetaWeightNet` that sees the
+        frequency of the label begins with the weights of ordinary distillation, and keeps their
+        average. From the teacher's logits its own bias towards frequent classes is subtracted
+        once it is known: :class:`~kd_balance.BilevelOptimizer` finds it when it is given the
+        ``teacher``, and without it the rare classes lose most of what is to be gained.
+
+        Args:
+            class_counts: training samples of each class [C], as from
+                :func:`kd_balance.data.class_counts`; 0 for classes without any.
+            temperature: T of the soft loss, above 0.
+            alpha: what the weights begin with, alpha · hard + (1 − alpha) · soft, or the pair
+                (hard weight, soft weight). The size of the two together is the data's, as a
+                learning rate is: give the one that you would train with.
+            **settings: ``soft_loss``, ``reduction``, ``class_dim`` and ``ignore_index``, as for
+                the class.
+
+        Returns:
+            The criterion, to be called with raw teacher logits.
+
+        Raises:
+            ValueError: an argument out of its range.
+
+        Example::
+
+            criterion = WeightedKDLoss.long_tailed(class_counts(train_set), temperature=4.0)
+            optimizer = BilevelOptimizer(
+                optimizer, student, criterion, meta_loader(train_set), teacher=teacher
+            )
+
+        Source: BiKD (arXiv 2605.17839) for learned weights; Ren et al. 2020 for balanced softmax;
+        the rest is this package's, see ``docs/long_tail.md``.
+        """
+        features = (*DEFAULT_FEATURES, LogFrequency(class_counts))
+        criterion = cls(
+            MetaWeightNet(features, mean=_pair(alpha), ratio=RATIO),
+            temperature=temperature,
+            alpha=alpha,
+            hard_loss=BalancedSoftmax(class_counts),
+            **settings,
+        )
+        criterion.class_counts = class_counts
+        criterion.teacher_bias = torch.zeros(len(class_counts))
+        return criterion
+
+    def find_teacher_bias(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Finds the teacher's bias towards frequent classes, which is subtracted from then on.
+
+        :class:`~kd_balance.BilevelOptimizer` calls this when it is given the ``teacher``.
+
+        Args:
+            batches: (teacher_logits, targets) of class-balanced samples, as for the call; no more
+                are taken than give 512 samples.
+
+        Raises:
+            ValueError: a criterion that was not made by :meth:`long_tailed`, or no sample.
+        """
+        if self.class_counts is None or self.teacher_bias is None:
+            raise ValueError(
+                "the criterion knows no class_counts, expected one made by "
+                "WeightedKDLoss.long_tailed(class_counts)."
+            )
+        self.teacher_bias = torch.zeros_like(self.teacher_bias)
+        logits, labels, found = [], [], 0
+        for teacher_logits, targets in islice(batches, _ENOUGH):
+            flat = self._flatten(teacher_logits, teacher_logits, targets)
+            kept = self.kept(targets)
+            label = flat.targets if kept is not None else flat.targets.argmax(1)
+            logits.append(flat.teacher if kept is None else flat.teacher[kept])
+            labels.append(label if kept is None else label[kept])
+            found += len(labels[-1])
+            if found >= _ENOUGH:
+                break
+        if not found:
+            raise ValueError(
+                "the meta batches hold no labelled sample to find the teacher's bias on, expected "
+                "some: check what meta_loader yields."
+            )
+        bias = prior_bias(torch.cat(logits), torch.cat(labels), self.class_counts)
+        self.teacher_bias = bias.to(self.teacher_bias)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
         """The weighted loss of a batch.
@@ -125,9 +222,11 @@ class WeightedKDLoss(nn.Module):
             self._last_losses = losses.detach()
             if self.weight_net is not None:
                 self._features = compute_features(_feature_names(self.weight_net), *flat)
-            with torch.no_grad():
-                weights = self.weigh(self._features, losses).clone()  # not a view of parameters
             kept = self.kept(targets)
+            with torch.no_grad():
+                weights = self.weigh(self._features, losses, kept)
+                weights = weights.clone()  # not a view of parameters
+            self._kept = kept
             self._weights = weights if kept is None else weights * kept.unsqueeze(1)
             return self.combine(losses, weights, targets)
 
@@ -177,22 +276,24 @@ class WeightedKDLoss(nn.Module):
 
     def reweigh(self) -> None:
         """Computes `weights` of the last call anew, after the weight net has moved."""
-        kept = self.weights.any(1, keepdim=True)
         with torch.no_grad():
-            self._weights = self.weigh(self._features, self.weights) * kept
+            weights = self.weigh(self._features, self.weights, self._kept)
+        self._weights = weights if self._kept is None else weights * self._kept.unsqueeze(1)
 
-    def weigh(self, features: Tensor | None, like: Tensor) -> Tensor:
+    def weigh(self, features: Tensor | None, like: Tensor, kept: Tensor | None) -> Tensor:
         """The weights [N, 2] for features [N, F], with the weight net's graph.
 
         Args:
             features: of every sample; None where there is no weight net.
             like: [N, 2], whose dtype and device the weights get.
+            kept: [N], which samples count; None where all do.
         """
         if self.weight_net is None or features is None:
             return like.new_tensor(self._fixed_weights).expand_as(like)
         with _without_autocast(features.device):
             own = next(self.weight_net.parameters(), features)
-            weights = self.weight_net(features.to(own.dtype))
+            more = (kept,) if getattr(self.weight_net, "needs_kept", False) else ()
+            weights = self.weight_net(features.to(own.dtype), *more)
         if weights.shape != like.shape:
             raise ValueError(
                 f"weight_net returned shape {tuple(weights.shape)}, expected {tuple(like.shape)}: "
@@ -243,6 +344,8 @@ class WeightedKDLoss(nn.Module):
 
         student_rows = rows(student)
         teacher_rows = rows(teacher.detach()).to(student_rows.dtype)
+        if self.teacher_bias is not None:
+            teacher_rows = teacher_rows - self.teacher_bias.to(teacher_rows)
         if probabilities:
             return _Flat(student_rows, teacher_rows, rows(targets).to(student_rows.dtype))
         labels = targets.reshape(-1).long()
@@ -271,7 +374,7 @@ class WeightedKDLoss(nn.Module):
         """[N], which positions count; None where all do."""
         if targets.is_floating_point():
             return None
-        return targets.reshape(-1) != self.ignore_index
+        return targets.reshape(-1).long() != self.ignore_index
 
     def _positions(self, targets: Tensor) -> list[int]:
         shape = list(targets.shape)
@@ -295,6 +398,16 @@ def temperature_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     student = (student_logits / temperature).log_softmax(1)
     teacher = (teacher_logits / temperature).log_softmax(1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2
+
+
+def _pair(alpha: float | Sequence[float]) -> tuple[float, float]:
+    pair = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, 1 - alpha)
+    if len(pair) != 2 or min(pair) < 0:
+        raise ValueError(
+            f"alpha is {alpha}, expected a number in [0, 1] or a pair (hard weight, soft "
+            "weight) of numbers that are not negative."
+        )
+    return pair[0], pair[1]
 
 
 def _feature_names(weight_net: nn.Module) -> Sequence:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from kd_balance.replay import RandomState, StudentCall, preserved_random_state
 
 MetaForward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 MetaLoss = Callable[[Tensor, Tensor], Tensor]
+_END = object()
 
 
 class MetaSet:
@@ -30,31 +33,53 @@ class MetaSet:
             raise ValueError(f"meta_loader {loader!r} is empty, expected at least one batch.")
         self._loader = loader
         self._iterator: Any = None
+        self._seen_ahead: deque[Any] = deque()
         self._random_state = RandomState.current(torch.device("cpu"))
 
     def draw(self) -> Any:
         """The next batch; the training loop's random numbers stay untouched."""
-        with preserved_random_state(torch.device("cpu")):
-            self._random_state.set()
+        if self._seen_ahead:
+            return self._seen_ahead.popleft()
+        for _ in range(2):
             batch = self._next()
-            self._random_state = RandomState.current(torch.device("cpu"))
+            if batch is not _END:
+                return batch
+        raise ValueError("meta_loader yields no batch, expected at least one: give it samples.")
+
+    @contextmanager
+    def look_ahead(self) -> Iterator[Iterator[Any]]:
+        """The coming batches, to the end of the pass; they will be drawn all the same."""
+        position = self.state_dict()
+        if position["loader"] is not None and hasattr(self._loader, "load_state_dict"):
+            try:
+                yield iter(self._next, _END)
+            finally:
+                self.load_state_dict(position)
+        else:  # keep what cannot be had again
+            yield map(self._kept_for_later, iter(self._next, _END))
+
+    def _kept_for_later(self, batch: Any) -> Any:
+        self._seen_ahead.append(batch)
         return batch
 
     def _next(self) -> Any:
-        for _ in range(2):
+        """The next batch, or _END after the last of a pass."""
+        with preserved_random_state(torch.device("cpu")):
+            self._random_state.set()
             if self._iterator is None:
                 self._iterator = iter(self._loader)
-            try:
-                return next(self._iterator)
-            except StopIteration:
+            batch = next(self._iterator, _END)
+            if batch is _END:
                 self._iterator = None
-        raise ValueError("meta_loader yields no batch, expected at least one: give it samples.")
+            self._random_state = RandomState.current(torch.device("cpu"))
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         position = self._loader.state_dict() if hasattr(self._loader, "state_dict") else None
         return {"loader": position, "random_state": self._random_state.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._seen_ahead.clear()
         if state["loader"] is not None and hasattr(self._loader, "load_state_dict"):
             self._loader.load_state_dict(state["loader"])
             self._iterator = None
@@ -68,7 +93,7 @@ class MetaObjective:
         student: called as the recorded call was.
         criterion: its temperature, class dimension and soft loss are those of the meta loss.
         kind: "hard", "mix", "soft" or ``(student_logits, targets) -> scalar``.
-        teacher: ``meta inputs -> teacher_logits``, for "mix" and "soft".
+        teacher: ``meta inputs -> teacher_logits``, for "mix" and "soft" and :meth:`by_teacher`.
         forward: ``(student, batch) -> (student_logits, targets)`` for batches of other shapes.
     """
 
@@ -113,8 +138,10 @@ class MetaObjective:
                 kwargs["labels"] = targets
         else:
             inputs = batch
-        with preserved_random_state(call.device):
-            teacher_logits = self._teacher_logits(inputs)
+        teacher_logits = None
+        if self.kind in ("mix", "soft"):
+            with preserved_random_state(call.device):
+                teacher_logits = self._teacher_logits(inputs)
 
         def meta_loss(params: Mapping[str, Tensor]) -> Tensor:
             with preserved_random_state(call.device):
@@ -146,15 +173,40 @@ class MetaObjective:
                 "and what meta_loader yields."
             )
 
-    def _teacher_logits(self, inputs: Any) -> Tensor | None:
-        if self.kind not in ("mix", "soft"):
-            return None
+    def by_teacher(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The teacher's logits on a meta batch, in evaluation mode, and the labels.
+
+        Raises:
+            ValueError: the teacher cannot be run on the batch, or gave no logits.
+        """
+        device = next(self._student.parameters()).device
+        own = self._teacher.parameters() if isinstance(self._teacher, nn.Module) else iter(())
+        there = device if self._forward else next((p.device for p in own), device)
+        batch = tree_map(lambda x: _brought_to(there, x), batch)
+        with preserved_random_state(device), torch.no_grad():
+            with _evaluated(self._student), _evaluated(self._teacher):
+                if self._forward is None:
+                    inputs, targets = _split(batch)
+                else:
+                    inputs, targets = batch, self._forward(self._student, batch)[1]
+                try:
+                    logits = self._teacher_logits(inputs)
+                except (RuntimeError, TypeError, AttributeError) as error:
+                    raise ValueError(
+                        "the teacher could not be run on a meta batch, expected to be called as "
+                        "teacher(inputs), or teacher(**inputs) for a mapping: pass "
+                        f"teacher=lambda inputs: … ({str(error).splitlines()[0]})."
+                    ) from error
+        return logits, targets.to(logits.device)
+
+    def _teacher_logits(self, inputs: Any) -> Tensor:
         assert self._teacher is not None
         with torch.no_grad():
             if isinstance(inputs, Mapping) and self._forward is None:
                 logits = self._teacher(**inputs)
             else:
                 logits = self._teacher(inputs)
+        logits = getattr(logits, "logits", logits)
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"teacher returned {type(logits).__name__}, expected the tensor of its logits: "
@@ -200,6 +252,20 @@ class _Through(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         return self._function(self.student, batch)
+
+
+@contextmanager
+def _evaluated(function: Any) -> Iterator[None]:
+    """A module in evaluation mode, for as long as the context lasts."""
+    modules = list(function.modules()) if isinstance(function, nn.Module) else []
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
 
 
 def _brought_to(device: torch.device, value: Any) -> Any:

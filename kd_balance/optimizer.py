@@ -23,6 +23,7 @@ from kd_balance.replay import replayable
 
 METHODS = ("online", "lookahead", "paper")
 UNROLL, EVERY = 4, 32  # a window: fewer steps of it gain less, more windows gain nothing
+_FIRST = 10  # windows that tell where the meta loss began
 _RATE = 1e-3  # of φ's Adam, for windows of up to UNROLL steps
 
 _watching: WeakSet[BilevelOptimizer] = WeakSet()
@@ -61,7 +62,9 @@ class BilevelOptimizer(Optimizer):
             of the weight net's parameters until the next one is begun.
         meta_loss: "hard" (cross entropy), "soft" (the criterion's soft loss), "mix" (their sum), or
             ``(student_logits, targets) -> scalar``.
-        teacher: maps meta inputs to teacher logits, for "mix" and "soft".
+        teacher: maps meta inputs to teacher logits; usually the module itself. It shows its bias
+            towards frequent classes to a criterion made by :meth:`WeightedKDLoss.long_tailed`,
+            before this returns; and "mix" and "soft" need it.
         meta_optimizer: of the weight net; default Adam with weight decay 1e-4 and a rate that
             makes up for rare steps: 1e-3, or 2.5e-4 · `every` if that is more.
         meta_forward: ``(student, batch) -> (student_logits, targets)`` for meta batches of any
@@ -134,6 +137,9 @@ class BilevelOptimizer(Optimizer):
         )
         self._meta_set = MetaSet(meta_loader)
         self._objective = MetaObjective(module, criterion, meta_loss, teacher, meta_forward)
+        if teacher is not None and criterion.teacher_bias is not None:
+            with self._meta_set.look_ahead() as batches:
+                criterion.find_teacher_bias(map(self._objective.by_teacher, batches))
         self._engine_name = engine
         self._engine = ENGINES[engine]()
         self._grad_scaler = grad_scaler
@@ -147,6 +153,7 @@ class BilevelOptimizer(Optimizer):
         self._warned = False
         self._meta_updates = 0
         self._meta_loss = torch.tensor(float("nan"))
+        self._meta_loss_start = torch.tensor(float("nan"))
         self._hypergradient_norm = torch.tensor(float("nan"))
         self._mean_weights = torch.full((2,), float("nan"))
         self._skipped = torch.zeros((), dtype=torch.long)
@@ -271,13 +278,15 @@ class BilevelOptimizer(Optimizer):
     def metrics(self) -> dict[str, float]:
         """What the last meta update saw; reading it waits for the device.
 
-        ``meta_loss``, ``hypergradient_norm``, ``hard_weight`` and ``soft_weight`` (means over the
-        step's batch; all nan before the first), ``meta_updates`` (steps of φ so far) and
-        ``skipped_updates`` (hypergradients that were not finite and counted as zero).
+        ``meta_loss``, ``meta_loss_start`` (mean of the first ten), ``hypergradient_norm``,
+        ``hard_weight`` and ``soft_weight`` (means over the step's batch; all nan before the first),
+        ``meta_updates`` (steps of φ so far) and ``skipped_updates`` (hypergradients that were not
+        finite and counted as zero).
         """
         hard_weight, soft_weight = self._mean_weights.tolist()
         return {
             "meta_loss": self._meta_loss.item(),
+            "meta_loss_start": self._meta_loss_start.item(),
             "hypergradient_norm": self._hypergradient_norm.item(),
             "hard_weight": hard_weight,
             "soft_weight": soft_weight,
@@ -299,10 +308,12 @@ class BilevelOptimizer(Optimizer):
             )
         meta_state = {
             "weight_net": self._weight_net.state_dict(),
+            "teacher_bias": self.criterion.teacher_bias,
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "meta_set": self._meta_set.state_dict(),
             "steps": self._steps,
             "meta_updates": self._meta_updates,
+            "meta_loss_start": self._meta_loss_start,
             "skipped_updates": self._skipped,
             "accumulated": self._accumulated,
             "partial_average": self._partial_average,
@@ -324,10 +335,14 @@ class BilevelOptimizer(Optimizer):
             )
             return
         self._weight_net.load_state_dict(meta_state["weight_net"])
+        teacher_bias = meta_state["teacher_bias"]
+        if self.criterion.teacher_bias is not None and teacher_bias is not None:
+            self.criterion.teacher_bias = teacher_bias.to(self.criterion.teacher_bias)
         self.meta_optimizer.load_state_dict(meta_state["meta_optimizer"])
         self._meta_set.load_state_dict(meta_state["meta_set"])
         self._steps = meta_state["steps"]
         self._meta_updates = meta_state["meta_updates"]
+        self._meta_loss_start = meta_state["meta_loss_start"]
         self._skipped = meta_state["skipped_updates"]
         self._accumulated = meta_state["accumulated"]
         like = zip(meta_state["partial_average"], self.criterion.phi)
@@ -427,8 +442,13 @@ class BilevelOptimizer(Optimizer):
         share = [torch.where(finite, gradient, 0) / self.accumulate for gradient in hypergradient]
         average = self._partial_average or [torch.zeros_like(part) for part in share]
         self._partial_average = [a + b for a, b in zip(average, share, strict=True)]
-        self._mean_weights = torch.cat([call.weights for call in steps[-1].calls]).mean(0)
+        weights = torch.cat([call.weights for call in steps[-1].calls])
+        self._mean_weights = weights.sum(0) / weights.any(1).sum().clamp(min=1)  # 0 where ignored
         self._meta_loss, self._hypergradient_norm = loss, norm
+        windows = self._meta_updates * self.accumulate + self._accumulated
+        if windows < _FIRST:
+            start = self._meta_loss_start.to(loss) if windows else loss
+            self._meta_loss_start = start + (loss - start) / (windows + 1)
         self._skipped = self._skipped.to(norm.device) + ~finite
         self._accumulated += 1
         if self._accumulated < self.accumulate:
@@ -447,7 +467,8 @@ class BilevelOptimizer(Optimizer):
         grads = inner.update.grads
         for call in inner.calls:
             with torch.no_grad():
-                weights = self.criterion.weigh(call.features, call.weights)
+                kept = self.criterion.kept(call.targets)
+                weights = self.criterion.weigh(call.features, call.weights, kept)
             with torch.enable_grad():
                 losses = call.losses(self.criterion, call.logits(leaves))
                 change = self.criterion.combine(losses, weights - call.weights, call.targets)

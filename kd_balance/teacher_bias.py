@@ -25,13 +25,14 @@ def prior_bias(
         teacher_logits: [N, C], the teacher's logits on a class-balanced set that it was not
             trained on, such as the meta set.
         targets: class indices [N].
-        class_counts: samples of each class [C] in the teacher's training set, each above 0.
+        class_counts: samples of each class [C] in the teacher's training set; see
+            :func:`~kd_balance.hard_losses.log_prior` for a class without any.
 
     Returns:
         [C], like `teacher_logits`.
 
     Raises:
-        ValueError: shapes that do not belong together, or a class without samples.
+        ValueError: shapes that do not belong together, or labels out of range.
 
     Example::
 
@@ -53,6 +54,11 @@ def prior_bias(
         raise ValueError(
             f"class_counts has {len(by_class)} numbers, expected {classes}: give one for "
             "each class of the teacher."
+        )
+    if targets.min() < 0 or targets.max() >= classes:
+        raise ValueError(
+            f"targets hold {targets.min()} to {targets.max()}, expected class indices from 0 to "
+            f"{classes - 1}: leave out samples without a label."
         )
     # on the CPU, where reading the slope waits for nothing, and which has float64
     logits, targets = teacher_logits.detach().cpu().double(), targets.cpu()

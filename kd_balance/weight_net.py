@@ -58,13 +58,14 @@ class LogFrequency(nn.Module):
     """Feature: the log frequency of the label's class, so that weights may differ by class.
 
     Args:
-        class_counts: training samples of each class [C], each above 0.
+        class_counts: training samples of each class [C]; see
+            :func:`~kd_balance.hard_losses.log_prior` for a class without any.
 
     Calling it with student_logits [N, C], teacher_logits [N, C] and targets (class indices [N] or
     probabilities [N, C]) gives [N], in nats.
 
     Raises:
-        ValueError: a class without samples.
+        ValueError: no class with samples.
 
     Example::
 
@@ -129,20 +130,19 @@ class MetaWeightNet(nn.Module):
             callables ``(student_logits [N, C], teacher_logits [N, C], targets) -> [N]`` such as
             :class:`LogFrequency`. Those that are modules become part of the net.
         hidden: widths of the hidden layers, tanh between them.
-        mean: what the weights of one call, hard and soft together, are scaled to on average. The
-            net then shares out weight between samples and losses, and has no say in the size of
+        mean: the pair (hard weight, soft weight) that all samples begin with, or a number for
+            both. The average over the samples and the two losses stays what it is at the start:
+            the net shares out weight between samples and losses, and has no say in the size of
             the loss as a whole, which a hypergradient through few steps would shrink. None leaves
             every weight free.
-        ratio: with `mean`, how many times the smallest weight the largest can be. With balanced
-            softmax as the hard loss 10 did best, which with plain cross entropy costs accuracy;
-            100 where some of the training labels were wrong.
+        ratio: with `mean`, how many times the smallest weight of a loss the largest can be.
 
-    Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1), or with `mean`
-    in (mean / ratio, mean · ratio). Ignored positions count as samples in the average.
+    Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1) without `mean`.
+    A second argument, bool [N], names the samples that the average is taken over; by default all.
 
     Raises:
-        ValueError: an unknown feature name, no feature, a width below one, a mean that is not
-            positive, or a ratio that is not above one.
+        ValueError: an unknown feature name, no feature, a width below one, a mean that is negative
+            or zero for both losses, or a ratio that is not above one.
 
     Example::
 
@@ -154,12 +154,14 @@ class MetaWeightNet(nn.Module):
     paper; see ``benchmarks/results`` for what they gain.
     """
 
+    needs_kept = True
+
     def __init__(
         self,
         features: Sequence[str | Feature] = DEFAULT_FEATURES,
         hidden: Sequence[int] = (64, 64),
         *,
-        mean: float | None = None,
+        mean: float | Sequence[float] | None = None,
         ratio: float = 4.0,
     ) -> None:
         super().__init__()
@@ -176,10 +178,11 @@ class MetaWeightNet(nn.Module):
                 )
         if any(width < 1 for width in hidden):
             raise ValueError(f"hidden is {tuple(hidden)}, expected widths of at least 1.")
-        if mean is not None and not mean > 0:
+        split = tuple(mean) if isinstance(mean, Sequence) else (1.0 if mean is None else mean,) * 2
+        if len(split) != 2 or not min(split) >= 0 or not max(split) > 0:
             raise ValueError(
-                f"mean is {mean}, expected a positive number: the average weight of fixed weights "
-                "is one half for alpha=0.5."
+                f"mean is {mean}, expected a positive number or a pair (hard weight, soft weight): "
+                "that of alpha=0.5 is 0.5."
             )
         if not ratio > 1:
             raise ValueError(
@@ -187,6 +190,7 @@ class MetaWeightNet(nn.Module):
                 "the weight net out of WeightedKDLoss."
             )
         self.mean = mean
+        self._split = split
         self.ratio = ratio
         self.features = tuple(features)
         self.feature_modules = nn.ModuleList(
@@ -196,12 +200,25 @@ class MetaWeightNet(nn.Module):
         layers: list[nn.Module] = []
         for inputs, outputs in zip(widths, widths[1:]):
             layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 2), nn.Sigmoid())
+        last = nn.Linear(widths[-1], 2)
+        self.layers = nn.Sequential(*layers, last, nn.Sigmoid())
+        if mean is not None:  # all samples alike
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
         weights = self.layers(features)
         if self.mean is None:
             return weights
         smallest = 1 / self.ratio
         weights = smallest + (1 - smallest) * weights
-        return self.mean * weights / weights.mean()
+        columns = zip(self._split, weights.unbind(1), strict=True)
+        weights = torch.stack([start * column for start, column in columns], dim=1)
+        by_sample = weights.mean(1)
+        if kept is None:
+            average = by_sample.mean()
+        else:  # picking by a mask would wait for the device
+            count = kept.sum()
+            total = torch.where(kept, by_sample, 0.0).sum()
+            average = torch.where(count > 0, total, 1.0) / count.clamp(min=1)
+        return weights * (sum(self._split) / 2 / average)

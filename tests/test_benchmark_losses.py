@@ -44,6 +44,23 @@ def test_balanced_softmax_takes_probabilities(batch):
     torch.testing.assert_close(loss(student, one_hot), loss(student, targets))
 
 
+def test_a_class_without_samples_takes_no_part_in_balanced_softmax(batch):
+    student, _, targets = batch
+    head = torch.cat((student, 9 * torch.ones(6, 1)), dim=1).requires_grad_()  # a fourth class
+    hard_loss = BalancedSoftmax([*COUNTS, 0])
+    expected = BalancedSoftmax(COUNTS)(student, targets)
+    for given in (targets, F.one_hot(targets, 4).to(student)):
+        loss = hard_loss(head, given)
+        torch.testing.assert_close(loss, expected)
+        (gradient,) = torch.autograd.grad(loss.sum(), head, create_graph=True)
+        (second,) = torch.autograd.grad(gradient[:, 0].sum(), head)
+        for derivative in (gradient, second):
+            assert derivative.isfinite().all() and not derivative[:, 3].any()
+    assert hard_loss(head, torch.full_like(targets, 3)).isinf().all()
+    plain = BalancedSoftmax([*COUNTS, 0], strength=0)(head, targets)
+    torch.testing.assert_close(plain, F.cross_entropy(head, targets, reduction="none"))
+
+
 def test_effective_numbers_run_from_equal_weights_to_inverse_counts():
     torch.testing.assert_close(effective_number_weights(COUNTS, 0.0), torch.ones(3))
     near_one = effective_number_weights(COUNTS, 1 - 1e-9)
@@ -96,7 +113,8 @@ def test_the_losses_fit_into_the_criterion_and_send_gradients(batch):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: BalancedSoftmax([3, 0]), "above 0 for each class"),
+        (lambda: BalancedSoftmax([0, 0]), "above 0 for one at least"),
+        (lambda: ClassBalancedCrossEntropy([3, 0]), "above 0 for each class"),
         (lambda: ClassBalancedCrossEntropy(COUNTS, beta=1.0), "beta is 1.0"),
         (lambda: FlattenedKL(power=0), "power is 0"),
         (lambda: DecoupledKD(temperature=0), "temperature is 0"),

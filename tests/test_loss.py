@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd_balance import MetaWeightNet, WeightedKDLoss
+from kd_balance.hard_losses import BalancedSoftmax
 from kd_balance.soft_losses import DecoupledKD
 from kd_balance.weight_net import FEATURES, LogFrequency
 
@@ -203,12 +204,58 @@ def test_weights_may_differ_by_class_alone():
 
 
 def test_a_mean_and_a_ratio_bind_the_weights():
-    net = MetaWeightNet(mean=0.25, ratio=3.0)
-    with torch.no_grad():  # as far apart as a sigmoid goes
-        net.layers[-2].weight.mul_(1e4)
+    net = far_apart(MetaWeightNet(mean=0.25, ratio=3.0))
     weights = net(5 * torch.randn(50, 2)).detach()
     assert weights.mean().item() == pytest.approx(0.25)
     assert weights.max() / weights.min() == pytest.approx(3.0)
+
+
+def far_apart(net):
+    """Its weights as far apart as a sigmoid goes."""
+    torch.nn.init.normal_(net.layers[-2].weight, std=1e4)
+    return net
+
+
+def test_a_pair_is_where_the_weights_begin_and_its_average_stays():
+    net = MetaWeightNet(mean=(0.9, 0.3), ratio=10.0)
+    features = torch.randn(50, 2)
+    torch.testing.assert_close(net(features), torch.tensor([0.9, 0.3]).expand(50, 2))
+    weights = far_apart(net)(features).detach()
+    assert weights.mean().item() == pytest.approx(0.6)
+    for column in weights.T:
+        assert column.max() / column.min() == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ignored_positions_do_not_count_in_the_average(reduction):
+    """Padding adds nothing to a loss, whatever stands there."""
+    student, teacher = torch.randn(2, 12, 5)
+    labels = torch.arange(12) % 5
+    criterion = WeightedKDLoss(far_apart(MetaWeightNet(mean=0.5)), reduction=reduction)
+    expected = criterion(student[:4], teacher[:4], labels[:4])
+    weights = criterion.weights
+    assert weights.mean().item() == pytest.approx(0.5)
+    padded = torch.cat((teacher[:4], 3 * teacher[4:]))
+    loss = criterion(student, padded, labels.where(torch.arange(12) < 4, -100))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(criterion.weights[:4], weights)
+    assert not criterion.weights[4:].any()
+
+
+def test_a_batch_of_ignored_positions_alone_has_no_loss():
+    criterion = WeightedKDLoss(MetaWeightNet(mean=0.5))
+    student = torch.randn(3, 5, requires_grad=True)
+    loss = criterion(student, torch.randn(3, 5), torch.full((3,), -100))
+    loss.backward()
+    assert loss == 0 and not student.grad.any() and not criterion.weights.any()
+
+
+def test_labels_of_few_bits_are_not_taken_for_ignored():
+    """-100 and 156 are the same in eight bits."""
+    student, teacher = torch.randn(2, 3, 200)
+    labels = torch.tensor([156, 3, 4])
+    criterion = WeightedKDLoss()
+    assert criterion(student, teacher, labels.byte()) == criterion(student, teacher, labels)
 
 
 def test_features_that_are_modules_move_and_are_saved_with_the_net():
@@ -220,7 +267,11 @@ def test_features_that_are_modules_move_and_are_saved_with_the_net():
 
 
 REFUSED = {
-    "class_counts is \\[3.0, 0.0\\]": lambda: LogFrequency([3, 0]),
+    "class_counts is \\[0.0, 0.0\\]": lambda: LogFrequency([0, 0]),
+    "class_counts is \\[3.0, -1.0\\]": lambda: LogFrequency([3, -1]),
+    "class_counts has 4 numbers and the logits 5 classes": lambda: BalancedSoftmax([4, 3, 2, 1])(
+        torch.zeros(6, 5), torch.zeros(6).long()
+    ),
     "temperature is 0": lambda: WeightedKDLoss(temperature=0),
     "alpha is 1.5": lambda: WeightedKDLoss(alpha=1.5),
     "alpha is \\(1, 2, 3\\)": lambda: WeightedKDLoss(alpha=(1, 2, 3)),
@@ -230,6 +281,8 @@ REFUSED = {
     "features is 'kl'": lambda: MetaWeightNet("kl"),
     "hidden is \\(0,\\)": lambda: MetaWeightNet(hidden=(0,)),
     "mean is 0": lambda: MetaWeightNet(mean=0),
+    "mean is \\(1, 2, 3\\)": lambda: MetaWeightNet(mean=(1, 2, 3)),
+    "mean is \\(1, -1\\)": lambda: MetaWeightNet(mean=(1, -1)),
     "ratio is 1": lambda: MetaWeightNet(mean=0.5, ratio=1),
     "student_logits have shape \\(5,\\)": lambda: WeightedKDLoss()(
         torch.zeros(5), torch.zeros(5), torch.tensor(0)

@@ -61,7 +61,8 @@ class Adjoint:
                     criterion, call, params, direction, with_curvature=not is_first
                 )
                 with torch.enable_grad():
-                    weights = criterion.weigh(call.features, weight_gradient)
+                    kept = criterion.kept(call.targets)
+                    weights = criterion.weigh(call.features, weight_gradient, kept)
                 parts = torch.autograd.grad(weights, phi, weight_gradient, allow_unused=True)
                 for total, part in zip(hypergradient, parts, strict=True):
                     if part is not None:

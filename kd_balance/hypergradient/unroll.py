@@ -56,7 +56,7 @@ def _training_loss(
     for call in step.calls:
         assert call.upstream is not None
         losses = call.losses(criterion, call.logits(params))
-        weights = criterion.weigh(call.features, losses)
+        weights = criterion.weigh(call.features, losses, criterion.kept(call.targets))
         result = criterion.combine(losses, weights, call.targets)
         total = total.to(result) + (result * call.upstream).sum()
     return total

@@ -77,6 +77,6 @@ class BilevelTrainer(Trainer):
         if "loss" in logs and self.bilevel_optimizer is not None:
             metrics = self.bilevel_optimizer.metrics
             if metrics["meta_updates"]:
-                names = ("meta_loss", "hypergradient_norm", "hard_weight", "soft_weight")
-                logs = {**logs, **{name: metrics[name] for name in names}}
+                counters = ("meta_updates", "skipped_updates")
+                logs = {**logs, **{k: v for k, v in metrics.items() if k not in counters}}
         super().log(logs, *args, **kwargs)
