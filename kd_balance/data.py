@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+
+from kd_balance.replay import preserved_random_state
 
 Labels = Tensor | np.ndarray | Sequence[int]
 """Class indices of N samples, 0 … C − 1."""
 
+Labelled = Dataset | Sequence[Any] | tuple[Tensor | Mapping[str, Tensor], Labels]
+"""Samples with labels: a map-style dataset of (input, label, …) or of mappings with the key
+``label`` or ``labels``, or the pair (inputs, labels) of tensors."""
 
-def class_counts(targets: Labels, num_classes: int | None = None) -> Tensor:
+
+def class_counts(targets: Labels | Labelled, num_classes: int | None = None) -> Tensor:
     """How many samples each class has.
 
     Args:
-        targets: class indices [N]: a tensor on any device, a numpy array or a list.
+        targets: class indices [N]: a tensor on any device, a numpy array or a list; or the
+            training set that they are the labels of, as for :func:`meta_loader`.
         num_classes: C, where classes at the end may have no sample; by default the largest
             index + 1.
 
@@ -32,7 +41,7 @@ def class_counts(targets: Labels, num_classes: int | None = None) -> Tensor:
         >>> class_counts([0, 2, 2], num_classes=4)
         tensor([1, 0, 2, 0])
     """
-    labels = _labels(targets)
+    labels = _labels_of(targets)
     if num_classes is not None and labels.max() >= num_classes:
         raise ValueError(
             f"targets hold class {labels.max()}, expected indices below num_classes="
@@ -138,6 +147,96 @@ def split_balanced(targets: Labels, per_class: int, seed: int) -> tuple[Tensor, 
     return held_out.nonzero().squeeze(1), (~held_out).nonzero().squeeze(1)
 
 
+def meta_loader(
+    data: Labelled,
+    per_class: int = 20,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+) -> MetaLoader:
+    """Class-balanced meta batches out of a training set, or out of a validation set.
+
+    The samples stay where they are: those of a training set are trained on as well, which serves
+    the student better than to do without them. ``Subset(data, loader.rest)`` is the set without
+    them. A teacher should not have seen them: take them from data that it was not trained on,
+    where there are some.
+
+    Args:
+        data: a map-style dataset, whose items are read as they are used, or the pair (inputs,
+            labels) of tensors. The labels of a dataset are its ``targets`` or ``labels``, and where
+            it has neither every item is read once to find them.
+        per_class: samples of each class to choose; 5 were too few to gain by, 10 enough. Of a
+            class with fewer all are taken, and drawn the more often.
+        batch_size: samples in a batch, with the classes as even as it allows; default 100, or all
+            of the meta set if that is less.
+        seed: decides which samples, and in which order.
+        collate_fn: makes a batch of a list of items, as for a DataLoader.
+
+    Returns:
+        An endless iterator of batches, with ``indices`` and ``rest`` as for :class:`MetaLoader`.
+
+    Raises:
+        ValueError: data without labels, or a number below 1.
+
+    Example::
+
+        optimizer = BilevelOptimizer(
+            optimizer, student, criterion, meta_loader(train_set), teacher=teacher
+        )
+    """
+    for name, value in (("per_class", per_class), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1.")
+    labels = _labels_of(data)
+    members = [(c, member) for c, member in enumerate(_by_class(labels)) if len(member)]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for _, member in members:
+        chosen[member[torch.randperm(len(member), generator=generator)[:per_class]]] = True
+    if few := [(len(member), c) for c, member in members if len(member) < per_class]:
+        warnings.warn(
+            f"{len(few)} of {len(members)} classes have fewer than the {per_class} samples asked "
+            f"for, class {min(few)[1]} {min(few)[0]}: theirs are repeated in the meta batches.",
+            stacklevel=2,
+        )
+    fetch = _InMemory(data[0], data[1]) if _is_pair(data) else _Items(data, collate_fn)
+    indices, rest = chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
+    size = batch_size or min(100, per_class * len(members))
+    return MetaLoader(fetch, _BalancedOrder(labels[indices], size, seed), indices, rest)
+
+
+class MetaLoader:
+    """The endless iterator that :func:`meta_loader` makes.
+
+    Attributes:
+        indices: LongTensor of the meta samples' places in the data, ascending, on the CPU.
+        rest: LongTensor of all others.
+    """
+
+    def __init__(
+        self, fetch: Callable[[Tensor], Any], order: _BalancedOrder, indices: Tensor, rest: Tensor
+    ) -> None:
+        self.indices = indices
+        self.rest = rest
+        self._fetch = fetch
+        self._order = order
+
+    def __iter__(self) -> MetaLoader:
+        return self
+
+    def __next__(self) -> Any:
+        return self._fetch(self.indices[self._order.next()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as CPU tensors: a loader that loads it draws the very same samples."""
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another loader of the same data, `per_class` and `seed` stood."""
+        self._order.load_state_dict(state)
+
+
 class BalancedBatches:
     """An endless iterator of class-balanced batches from tensors held in memory.
 
@@ -176,6 +275,35 @@ class BalancedBatches:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
+        self._fetch = _InMemory(inputs, targets)
+        self._order = _BalancedOrder(_labels(targets), batch_size, seed)
+
+    def __iter__(self) -> BalancedBatches:
+        return self
+
+    def __next__(self) -> Any:
+        return self._fetch(self._order.next())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as CPU tensors: a loader that loads it draws the very same batches."""
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another instance over the same samples stood.
+
+        Args:
+            state: what its :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: a state taken over other samples.
+        """
+        self._order.load_state_dict(state)
+
+
+class _InMemory:
+    """Batches of tensors by index."""
+
+    def __init__(self, inputs: Tensor | Mapping[str, Tensor], targets: Labels) -> None:
         labels = _labels(targets)
         named = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
         if not named or "labels" in named:
@@ -197,6 +325,34 @@ class BalancedBatches:
         self._is_mapping = isinstance(inputs, Mapping)
         self._device = next(iter(named.values())).device
         self._tensors = {**named, "labels": labels.to(self._device)}
+
+    def __call__(self, index: Tensor) -> Any:
+        if self._device.type == "cuda":
+            index = index.pin_memory()  # so that the copy does not wait for the GPU
+        index = index.to(self._device, non_blocking=True)
+        batch = {name: tensor[index] for name, tensor in self._tensors.items()}
+        return batch if self._is_mapping else (batch["inputs"], batch["labels"])
+
+
+class _Items:
+    """Batches of a dataset's items by index."""
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self._dataset = dataset
+        self._collate = collate_fn
+
+    def __call__(self, index: Tensor) -> Any:
+        batch = self._collate([self._dataset[i] for i in index.tolist()])
+        if isinstance(batch, Mapping) and "label" in batch:  # as students name it
+            batch = {"labels" if key == "label" else key: part for key, part in batch.items()}
+        return batch
+
+
+class _BalancedOrder:
+    """Which samples the batches hold, by their places in `labels`."""
+
+    def __init__(self, labels: Tensor, batch_size: int, seed: int) -> None:
+        self._labels = labels
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(seed)
         # Of each class that occurs: its samples in the order they are drawn, how many of these
@@ -205,21 +361,12 @@ class BalancedBatches:
         self._used = [len(order) for order in self._order]
         self._extras = torch.zeros(len(self._order), dtype=torch.long)
 
-    def __iter__(self) -> BalancedBatches:
-        return self
-
-    def __next__(self) -> Any:
+    def next(self) -> Tensor:
         counts = self._next_counts()
         drawn = torch.cat([self._draw(c, count) for c, count in enumerate(counts.tolist())])
-        index = drawn[self._permutation(len(drawn))]
-        if self._device.type == "cuda":
-            index = index.pin_memory()  # so that the copy does not wait for the GPU
-        index = index.to(self._device, non_blocking=True)
-        batch = {name: tensor[index] for name, tensor in self._tensors.items()}
-        return batch if self._is_mapping else (batch["inputs"], batch["labels"])
+        return drawn[self._permutation(len(drawn))]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as CPU tensors: a loader that loads it draws the very same batches."""
         return {
             "generator": self._generator.get_state(),
             "order": torch.cat(self._order),
@@ -228,22 +375,13 @@ class BalancedBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another instance over the same samples stood.
-
-        Args:
-            state: what its :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: a state taken over other samples.
-        """
         order = state["order"].cpu()
-        labels = self._tensors["labels"].cpu()
-        if len(order) != len(labels) or not torch.equal(
-            labels[order], labels[torch.cat(self._order)]
+        if len(order) != len(self._labels) or not torch.equal(
+            self._labels[order], self._labels[torch.cat(self._order)]
         ):
             raise ValueError(
                 f"The state was saved over {len(order)} other samples, expected these "
-                f"{len(labels)}: make this loader from the same inputs and targets as that one."
+                f"{len(self._labels)}: make this loader from the same samples as that one."
             )
         self._generator.set_state(state["generator"].cpu())
         self._order = list(order.split([len(own) for own in self._order]))
@@ -277,6 +415,64 @@ class BalancedBatches:
             count -= len(part)
             parts.append(part)
         return torch.cat(parts)
+
+
+def _labels_of(data: Any) -> Tensor:
+    """The class indices of samples, or of labels given as such."""
+    if not _are_labels(data):
+        found = _listed_labels(data)
+        data = _read_labels(data) if found is None else found
+    return _labels(data)
+
+
+def _is_pair(data: Any) -> bool:
+    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (Tensor, Mapping))
+
+
+def _are_labels(data: Any) -> bool:
+    if isinstance(data, (list, tuple, range)):
+        return not len(data) or not isinstance(data[0], (tuple, Mapping)) and not _is_pair(data)
+    return isinstance(data, (Tensor, np.ndarray))
+
+
+def _listed_labels(data: Any) -> Any:
+    """The labels that samples carry as a whole; None if they have to be read one by one."""
+    if _is_pair(data):
+        return data[1]
+    if isinstance(data, Subset):
+        labels = _listed_labels(data.dataset)
+        return None if labels is None else np.asarray(labels)[np.asarray(data.indices)]
+    if isinstance(data, TensorDataset):
+        return data.tensors[1].cpu()
+    for name in ("targets", "labels"):
+        labels = getattr(data, name, None)
+        if labels is not None and len(labels) == len(data):
+            labels = labels.cpu() if isinstance(labels, Tensor) else labels
+            transform = getattr(data, "target_transform", None)
+            return labels if transform is None else [transform(label) for label in labels]
+    return None
+
+
+def _read_labels(data: Any) -> list[Any]:
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise ValueError(
+            f"data is a {type(data).__name__}, expected a map-style dataset or the pair (inputs, "
+            "labels) of tensors: collect the samples in a list."
+        )
+    with preserved_random_state(torch.device("cpu")):  # of random transforms
+        return [_label_of(data[i]) for i in range(len(data))]
+
+
+def _label_of(item: Any) -> Any:
+    if isinstance(item, Mapping) and ("labels" in item or "label" in item):
+        return item["labels"] if "labels" in item else item["label"]
+    if isinstance(item, (tuple, list)) and len(item) >= 2:
+        return item[1]
+    held = f"keys {list(item)}" if isinstance(item, Mapping) else type(item).__name__
+    raise ValueError(
+        f"an item of the data is {held}, expected (input, label) or a mapping with the key "
+        "'label': pass a dataset of such items."
+    )
 
 
 def _labels(targets: Labels) -> Tensor:

@@ -161,7 +161,7 @@ def test_batches_on_a_device_are_those_on_the_cpu(device):
             lambda: batches().load_state_dict(
                 BalancedBatches(INPUTS, TARGETS.flip(0), 4, 0).state_dict()
             ),
-            "make this loader from the same inputs",
+            "make this loader from the same samples",
         ),
     ],
 )
