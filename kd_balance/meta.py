@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kd_balance.loss import WeightedKDLoss
-from kd_balance.replay import RandomState, StudentCall, preserved_random_state
+from kd_balance.replay import RandomState, StudentCall, leaves_of, preserved_random_state
 
 MetaForward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 MetaLoss = Callable[[Tensor, Tensor], Tensor]
@@ -206,13 +206,22 @@ class MetaObjective:
                 logits = self._teacher(**inputs)
             else:
                 logits = self._teacher(inputs)
-        logits = getattr(logits, "logits", logits)
-        if not isinstance(logits, Tensor):
+        found = [logits] if isinstance(logits, Tensor) else self._like_logits(logits)
+        if len(found) != 1:
             raise ValueError(
                 f"teacher returned {type(logits).__name__}, expected the tensor of its logits: "
                 "pass teacher=lambda inputs: … that picks them."
             )
-        return logits
+        return found[0]
+
+    def _like_logits(self, output: Any) -> list[Tensor]:
+        """The tensors of a teacher's output that are as wide as the criterion has classes."""
+        if hasattr(output, "logits"):
+            return [output.logits]
+        counts, dim = self._criterion.class_counts, self._criterion.class_dim
+        leaves = [leaf for leaf in leaves_of(output) if isinstance(leaf, Tensor)]
+        matrices = [leaf for leaf in leaves if leaf.dim() == 2 or (leaf.dim() == 3 and dim == -1)]
+        return [leaf for leaf in matrices if counts is not None and leaf.shape[dim] == len(counts)]
 
     def _loss(self, logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
         criterion = self._criterion

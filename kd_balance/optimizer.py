@@ -62,9 +62,10 @@ class BilevelOptimizer(Optimizer):
             of the weight net's parameters until the next one is begun.
         meta_loss: "hard" (cross entropy), "soft" (the criterion's soft loss), "mix" (their sum), or
             ``(student_logits, targets) -> scalar``.
-        teacher: maps meta inputs to teacher logits; usually the module itself. It shows its bias
-            towards frequent classes to a criterion made by :meth:`WeightedKDLoss.long_tailed`,
-            before this returns; and "mix" and "soft" need it.
+        teacher: maps meta inputs to teacher logits; usually the module itself, which is in
+            evaluation mode for it. A criterion made by :meth:`WeightedKDLoss.long_tailed` finds
+            the teacher's bias towards frequent classes by it, before this returns; and "mix" and
+            "soft" need it.
         meta_optimizer: of the weight net; default Adam with weight decay 1e-4 and a rate that
             makes up for rare steps: 1e-3, or 2.5e-4 · `every` if that is more.
         meta_forward: ``(student, batch) -> (student_logits, targets)`` for meta batches of any

@@ -138,6 +138,15 @@ def mappings(batches):
     return [{"input": inputs, "labels": labels} for inputs, labels in batches]
 
 
+class WithFeatures(nn.Module):
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, inputs):
+        return self.teacher(inputs), {"features": [inputs], "images": inputs.view(-1, 4, 2)}
+
+
 class OfLists(nn.Module):
     """The teacher for batches that are (labels, [inputs])."""
 
@@ -156,6 +165,7 @@ def of_lists(student, batch):
 SHAPES = {  # what the meta loader is made of, the teacher's adapter, settings
     "pairs": (list, nn.Sequential, {}),
     "mappings": (mappings, lambda teacher: teacher, {}),
+    "logits among others": (list, lambda teacher: WithFeatures(teacher), {}),
     "an iterator": (iter, nn.Sequential, {}),
     "a shape of their own": (
         lambda batches: [(labels, [inputs]) for inputs, labels in batches],
@@ -272,7 +282,8 @@ class Refusing(nn.Module):
 
 REFUSED = {
     "teacher could not be run": lambda meta: Setting(meta, Refusing()),
-    "teacher returned tuple": lambda meta: Setting(meta, lambda inputs: (inputs, inputs)),
+    "teacher returned tuple": lambda meta: Setting(meta, lambda x: (x[:, :4], x[:, 4:])),
+    "teacher returned dict": lambda meta: Setting(meta, lambda x: {"features": x}),
     "no labelled sample": lambda meta: Setting(
         [(inputs, torch.full_like(labels, -100)) for inputs, labels in meta], Teacher()
     ),
