@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from kd_balance.replay import preserved_random_state
 
 Labels = Tensor | np.ndarray | Sequence[int]
 """Class indices of N samples, 0 … C − 1."""
 
-Labelled = Dataset | Sequence[Any] | tuple[Tensor | Mapping[str, Tensor], Labels]
+Labelled = Dataset | DataLoader | Sequence[Any] | tuple[Tensor | Mapping[str, Tensor], Labels]
 """Samples with labels: a map-style dataset of (input, label, …) or of mappings with the key
-``label`` or ``labels``, or the pair (inputs, labels) of tensors."""
+``label`` or ``labels``, a DataLoader over one, or the pair (inputs, labels) of tensors."""
 
 
 def class_counts(targets: Labels | Labelled, num_classes: int | None = None) -> Tensor:
@@ -26,7 +26,8 @@ def class_counts(targets: Labels | Labelled, num_classes: int | None = None) -> 
 
     Args:
         targets: class indices [N]: a tensor on any device, a numpy array or a list; or the
-            training set that they are the labels of, as for :func:`meta_loader`.
+            training set that they are the labels of, as for :func:`meta_loader`. Of a DataLoader
+            it is the dataset that counts, whatever its sampler does.
         num_classes: C, where classes at the end may have no sample; by default the largest
             index + 1.
 
@@ -153,7 +154,7 @@ def meta_loader(
     *,
     batch_size: int | None = None,
     seed: int = 0,
-    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> MetaLoader:
     """Class-balanced meta batches out of a training set, or out of a validation set.
 
@@ -163,15 +164,15 @@ def meta_loader(
     where there are some.
 
     Args:
-        data: a map-style dataset, whose items are read as they are used, or the pair (inputs,
-            labels) of tensors. The labels of a dataset are its ``targets`` or ``labels``, and where
-            it has neither every item is read once to find them.
+        data: a map-style dataset, whose items are read as they are used, a DataLoader over one,
+            or the pair (inputs, labels) of tensors. The labels of a dataset are its ``targets`` or
+            ``labels``, and where it has neither every item is read once to find them.
         per_class: samples of each class to choose; 5 were too few to gain by, 10 enough. Of a
             class with fewer all are taken, and drawn the more often.
         batch_size: samples in a batch, with the classes as even as it allows; default 100, or all
             of the meta set if that is less.
         seed: decides which samples, and in which order.
-        collate_fn: makes a batch of a list of items, as for a DataLoader.
+        collate_fn: makes a batch of a list of items, as for a DataLoader; default that of `data`.
 
     Returns:
         An endless iterator of batches, with ``indices`` and ``rest`` as for :class:`MetaLoader`.
@@ -185,6 +186,8 @@ def meta_loader(
             optimizer, student, criterion, meta_loader(train_set), teacher=teacher
         )
     """
+    if isinstance(data, DataLoader):
+        collate_fn, data = collate_fn or data.collate_fn, data.dataset
     for name, value in (("per_class", per_class), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1.")
@@ -337,9 +340,9 @@ class _InMemory:
 class _Items:
     """Batches of a dataset's items by index."""
 
-    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None) -> None:
         self._dataset = dataset
-        self._collate = collate_fn
+        self._collate = collate_fn or default_collate
 
     def __call__(self, index: Tensor) -> Any:
         batch = self._collate([self._dataset[i] for i in index.tolist()])
@@ -419,6 +422,7 @@ class _BalancedOrder:
 
 def _labels_of(data: Any) -> Tensor:
     """The class indices of samples, or of labels given as such."""
+    data = data.dataset if isinstance(data, DataLoader) else data
     if not _are_labels(data):
         found = _listed_labels(data)
         data = _read_labels(data) if found is None else found

@@ -42,6 +42,7 @@ DATA = {
     "tensors": lambda: (INPUTS + 0.5, TARGETS),
     "a mapping of tensors": lambda: ({"input": INPUTS + 0.5}, TARGETS.tolist()),
     "a TensorDataset": lambda: TensorDataset(INPUTS + 0.5, TARGETS),
+    "a DataLoader": lambda: DataLoader(Images(targets=TARGETS), batch_size=5, shuffle=True),
     "a list of pairs": lambda: [(x + 0.5, y) for x, y in zip(INPUTS, TARGETS, strict=True)],
     "targets, a list": lambda: Images(targets=TARGETS.tolist()),
     "labels, an array": lambda: Images(labels=TARGETS.numpy()),
@@ -144,6 +145,8 @@ def test_collate_fn_makes_the_batches():
 
     batch = next(meta_loader(Mappings(), per_class=1, collate_fn=collate))
     assert batch["labels"] == "made" and batch["input"].shape == (4, 1)
+    batch = next(meta_loader(DataLoader(Mappings(), collate_fn=collate), per_class=1))
+    assert batch["labels"] == "made"
 
 
 @pytest.mark.parametrize("data", [Images, Mappings])
