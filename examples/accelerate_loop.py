@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss  # kd-balance
+from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts  # kd-balance
 from kd_balance.data import long_tail_indices, split_balanced
 
 
@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> torch.optim.Optimizer:
     set_seed(1)
     student = convnet(8).to(accelerator.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
-    criterion = WeightedKDLoss(MetaWeightNet(), temperature=4.0)  # kd-balance
-    optimizer = BilevelOptimizer(optimizer, student, criterion, val_loader)  # kd-balance
+    criterion = WeightedKDLoss.long_tailed(class_counts(train_loader))  # kd-balance
+    parts = student, criterion, val_loader  # kd-balance
+    optimizer = BilevelOptimizer(optimizer, *parts, teacher=teacher)  # kd-balance
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, T_max=args.epochs * len(train_loader) // args.gradient_accumulation_steps
     )
@@ -110,7 +111,7 @@ def digits() -> list[DataLoader]:
     images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
-    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=5, seed=0))
+    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))
     train = rest[long_tail_indices(labels[rest], imbalance_factor=50, seed=0, head_count=100)]
     return [
         DataLoader(TensorDataset(images[i], labels[i]), batch_size=size, shuffle=shuffle)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -31,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from kd_balance import MetaWeightNet, WeightedKDLoss  # kd-balance
+from kd_balance import WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.data import long_tail_indices, split_balanced
 from kd_balance.integrations.huggingface import BilevelTrainer  # kd-balance
 
@@ -80,14 +80,16 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
         print("teacher:", teacher.evaluate(test))
 
         set_seed(1)
+        counts = class_counts(train)  # kd-balance
         trainer = DistillationTrainer(
             bert(32, 1),
             arguments,
             train_dataset=train,
             compute_metrics=accuracy,
             teacher_model=teacher.model,
-            criterion=WeightedKDLoss(MetaWeightNet(), temperature=2.0),  # kd-balance
-            meta_loader=DataLoader(meta, batch_size=40, shuffle=True),  # kd-balance
+            criterion=WeightedKDLoss.long_tailed(counts, temperature=2.0),  # kd-balance
+            meta_loader=meta_loader(meta, per_class=10, batch_size=40),  # kd-balance
+            bilevel={"teacher": teacher.model},  # kd-balance
         )
         trainer.train()
         print("student:", trainer.evaluate(test))

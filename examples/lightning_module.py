@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss  # kd-balance
+from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts  # kd-balance
 from kd_balance.data import long_tail_indices, split_balanced
 
 
@@ -40,11 +40,11 @@ class Classifier(L.LightningModule):
 
 
 class Distillation(L.LightningModule):
-    def __init__(self, student, teacher, meta_loader) -> None:  # kd-balance
+    def __init__(self, student, teacher, counts, meta_loader) -> None:  # kd-balance
         super().__init__()
         self.student = student
         self.teacher = teacher.requires_grad_(False)
-        self.criterion = WeightedKDLoss(MetaWeightNet(), temperature=4.0)  # kd-balance
+        self.criterion = WeightedKDLoss.long_tailed(counts, temperature=4.0)  # kd-balance
         self.meta = meta_loader  # kd-balance
 
     def on_train_start(self) -> None:
@@ -68,7 +68,8 @@ class Distillation(L.LightningModule):
 
     def configure_optimizers(self) -> dict:
         opt = torch.optim.SGD(self.student.parameters(), lr=0.1, momentum=0.9)
-        opt = BilevelOptimizer(opt, self.student, self.criterion, self.meta)  # kd-balance
+        parts = self.student, self.criterion, self.meta  # kd-balance
+        opt = BilevelOptimizer(opt, *parts, teacher=self.teacher)  # kd-balance
         steps = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.2, total_steps=steps)
         return {"optimizer": opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> Distillation:
     trainer().fit(teacher, train_loader)
 
     L.seed_everything(1)
-    distillation = Distillation(convnet(8), teacher.network, val_loader)  # kd-balance
+    counts = class_counts(train_loader)  # kd-balance
+    distillation = Distillation(convnet(8), teacher.network, counts, val_loader)  # kd-balance
     trainer().fit(distillation, train_loader)
     trainer().test(distillation, test_loader)
     return distillation
@@ -115,7 +117,7 @@ def digits() -> list[DataLoader]:
     images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
-    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=5, seed=0))
+    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))
     train = rest[long_tail_indices(labels[rest], imbalance_factor=50, seed=0, head_count=100)]
     return [
         DataLoader(TensorDataset(images[i], labels[i]), batch_size=size, shuffle=shuffle)

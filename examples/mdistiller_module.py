@@ -3,7 +3,7 @@
 Student and teacher live in one module, whose forward_train returns logits and a dict of losses; a
 trainer sums the losses and makes the optimizer; DataParallel is around it all. The names are
 mdistiller's (github.com/megvii-research/mdistiller), the code is our own. Where kd-balance changed
-the plain program, the line ends with its name in a comment: six lines; docs/drop_in.md shows them
+the plain program, the line ends with its name in a comment: nine lines; docs/drop_in.md shows them
 against the lines they replace.
 
     pip install 'kd-balance[examples]'
@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss  # kd-balance
+from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts  # kd-balance
 from kd_balance.data import long_tail_indices, split_balanced
 
 
@@ -52,7 +52,10 @@ class Distiller(nn.Module):
 class KD(Distiller):
     def __init__(self, student, teacher, cfg):
         super().__init__(student, teacher)
-        self.criterion = WeightedKDLoss(MetaWeightNet(), temperature=cfg.KD.T)  # kd-balance
+        alpha = (cfg.KD.CE_WEIGHT, cfg.KD.KD_WEIGHT)  # kd-balance
+        self.criterion = WeightedKDLoss.long_tailed(  # kd-balance
+            cfg.KD.COUNTS, temperature=cfg.KD.T, alpha=alpha  # kd-balance
+        )  # kd-balance
 
     def forward_train(self, image, target, **kwargs):
         logits_student, _ = self.student(image)
@@ -77,8 +80,8 @@ class Trainer:
         optimizer = optim.SGD(
             distiller.get_learnable_parameters(), lr=cfg.SOLVER.LR, momentum=0.9, weight_decay=5e-4
         )
-        student, criterion = distiller.student, distiller.criterion  # kd-balance
-        optimizer = BilevelOptimizer(optimizer, student, criterion, self.val_loader)  # kd-balance
+        parts = distiller.student, distiller.criterion, self.val_loader  # kd-balance
+        optimizer = BilevelOptimizer(optimizer, *parts, teacher=distiller.teacher)  # kd-balance
         return optimizer
 
     def train(self):
@@ -171,7 +174,7 @@ def get_dataset() -> tuple[DataLoader, DataLoader, DataLoader]:
     images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
-    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=5, seed=0))
+    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))
     train = rest[long_tail_indices(labels[rest], imbalance_factor=50, seed=0, head_count=100)]
     instances = TensorDataset(images[train], labels[train], torch.arange(len(train)))
     return (
@@ -187,12 +190,13 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     epochs = parser.parse_args(argv).epochs
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = SimpleNamespace(
-        KD=SimpleNamespace(T=4),  # kd-balance
+        KD=SimpleNamespace(T=4, CE_WEIGHT=0.5, KD_WEIGHT=0.5),
         SOLVER=SimpleNamespace(
             EPOCHS=epochs, LR=0.05, LR_DECAY_STAGES=[20, 27], LR_DECAY_RATE=0.1
         ),
     )
     train_loader, val_loader, test_loader = get_dataset()
+    cfg.KD.COUNTS = class_counts(train_loader)  # kd-balance
     torch.manual_seed(0)
     teacher = train_teacher(train_loader, epochs, device)
     torch.manual_seed(1)

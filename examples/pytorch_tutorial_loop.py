@@ -18,15 +18,17 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss  # kd-balance
+from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.data import long_tail_indices, split_balanced
 
 
 def train_knowledge_distillation(teacher, student, train_loader, epochs, learning_rate, T,
-                                 meta_loader, device):  # kd-balance
-    criterion = WeightedKDLoss(MetaWeightNet(), temperature=T)  # kd-balance
+                                 soft_target_loss_weight, ce_loss_weight, device):
+    counts, meta = class_counts(train_loader), meta_loader(train_loader)  # kd-balance
+    alpha = (ce_loss_weight, soft_target_loss_weight)  # kd-balance
+    criterion = WeightedKDLoss.long_tailed(counts, temperature=T, alpha=alpha)  # kd-balance
     optimizer = optim.Adam(student.parameters(), lr=learning_rate)
-    optimizer = BilevelOptimizer(optimizer, student, criterion, meta_loader)  # kd-balance
+    optimizer = BilevelOptimizer(optimizer, student, criterion, meta, teacher=teacher)  # kd-balance
 
     teacher.eval()
     student.train()
@@ -123,7 +125,7 @@ def digits() -> list[TensorDataset]:
     images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
-    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=5, seed=0))
+    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))
     train = rest[long_tail_indices(labels[rest], imbalance_factor=50, seed=0, head_count=100)]
     return [TensorDataset(images[i], labels[i]) for i in (train, val, test)]
 
@@ -147,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     torch.manual_seed(42)
     nn_light = LightNN().to(device)
     train_knowledge_distillation(nn_deep, nn_light, train_loader, epochs, learning_rate=0.005, T=2,
-                                 meta_loader=val_loader, device=device)  # kd-balance
+                                 soft_target_loss_weight=0.25, ce_loss_weight=0.75, device=device)
     print("student, validation:", test(nn_light, val_loader, device))
     print("student, test:", test(nn_light, test_loader, device))
     return nn_light

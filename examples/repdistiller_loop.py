@@ -3,7 +3,7 @@
 Modules and criteria come in lists, networks are called with is_feat=True, one line adds three
 losses with factors, a regressor trains in the same optimizer, and the learning rate is set by hand.
 The names are RepDistiller's (github.com/HobbitLong/RepDistiller), the code is our own. Where
-kd-balance changed the plain loop, the line ends with its name in a comment: five lines;
+kd-balance changed the plain loop, the line ends with its name in a comment: seven lines;
 docs/drop_in.md shows them against the lines they replace.
 
     pip install 'kd-balance[examples]'
@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss  # kd-balance
+from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts  # kd-balance
 from kd_balance.data import long_tail_indices, split_balanced
 
 
@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     # The student first and the teacher last; what lies between is the method's own.
     module_list, trainable_list = nn.ModuleList([model_s]), nn.ModuleList([model_s])
     criterion_cls = nn.CrossEntropyLoss()
-    criterion_div = WeightedKDLoss(MetaWeightNet(), temperature=opt.kd_T)  # kd-balance
+    T, counts = opt.kd_T, class_counts(train_loader)  # kd-balance
+    criterion_div = WeightedKDLoss.long_tailed(counts, temperature=T, alpha=(1, 1))  # kd-balance
     criterion_kd = nn.MSELoss()
     if opt.distill == "hint":
         regress_s = nn.Conv2d(*(model.widths[opt.hint_layer] for model in (model_s, model_t)), 1)
@@ -97,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     optimizer = optim.SGD(
         trainable_list.parameters(), lr=opt.learning_rate, momentum=0.9, weight_decay=5e-4
     )
-    optimizer = BilevelOptimizer(optimizer, model_s, criterion_div, val_loader)  # kd-balance
+    parts = model_s, criterion_div, val_loader  # kd-balance
+    optimizer = BilevelOptimizer(optimizer, *parts, teacher=model_t)  # kd-balance
     module_list.append(model_t)
     if torch.cuda.is_available():
         module_list.cuda()
@@ -177,7 +179,7 @@ def get_dataloaders() -> tuple[DataLoader, DataLoader, DataLoader]:
     images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
-    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=5, seed=0))
+    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))
     train = rest[long_tail_indices(labels[rest], imbalance_factor=50, seed=0, head_count=100)]
     instances = TensorDataset(images[train], labels[train], torch.arange(len(train)))
     return (

@@ -35,8 +35,8 @@ def test_the_example_trains_student_and_weight_net(
     made = []
 
     class Watched(BilevelOptimizer):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
             self.before = [p.detach().clone() for p in self.criterion.parameters()]
             made.append(self)
 
@@ -81,7 +81,7 @@ def module(base, dtype=torch.float64, rate=0.1, scheduled=True, parameters=None,
             }
 
     student, teacher, criterion = networks(dtype)
-    made = Small(student, teacher, data(10, seed=1, batch_size=5))
+    made = Small(student, teacher, [1] * CLASSES, data(10, seed=1, batch_size=5))
     made.criterion = criterion
     return made
 
@@ -148,8 +148,8 @@ def test_it_is_the_plain_loop(example, tmp_path, manual, pieces):
 
 def by_hand(example):
     class Manual(example.Distillation):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
             self.automatic_optimization = False
 
         def training_step(self, batch, batch_idx):

@@ -26,7 +26,7 @@ def dataset(split: str) -> TensorDataset:
     images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
-    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=5, seed=0))
+    val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))
     train = rest[long_tail_indices(labels[rest], imbalance_factor=50, seed=0, head_count=100)]
     chosen = {"train": train, "val": val, "test": test}[split]
     return TensorDataset(images[chosen], labels[chosen])
