@@ -11,9 +11,7 @@ from torch import nn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.data import BalancedBatches
-from kd_balance.hard_losses import BalancedSoftmax
 from kd_balance.teacher_bias import prior_bias
-from kd_balance.weight_net import LogFrequency
 from tests import standin
 from tests.devices import CUDA, STANDIN, never_waits
 from tests.habits import (
@@ -240,17 +238,19 @@ def test_nothing_has_to_be_moved_by_hand(device):
     assert optimizer.metrics["hypergradient_norm"] > 0
 
 
-def test_the_settings_for_a_long_tail_never_wait_for_the_device(device):
-    """Counts come from the CPU, the teacher's bias from wherever its logits are."""
+def test_the_two_lines_never_wait_for_the_device(device):
+    """Counts come from the CPU, and the teacher's bias is found where its logits are."""
     lab = Lab(dtype=torch.float32, device=device)
     counts = torch.arange(CLASSES, 0, -1)
-    weight_net = MetaWeightNet(("student_ce", "teacher_ce", LogFrequency(counts)), mean=0.5)
-    lab.criterion = WeightedKDLoss(weight_net, hard_loss=BalancedSoftmax(counts))
+    lab.criterion = WeightedKDLoss.long_tailed(counts)
     meta_inputs = lab.inputs(2 * CLASSES)
     meta_labels = (torch.arange(2 * CLASSES) % CLASSES).to(device)
-    bias = prior_bias(lab.teacher_logits(2 * CLASSES), meta_labels, counts)
-    lab.wrap(meta=[(meta_inputs, meta_labels)], rate=0.1, unroll=2, every=2)
-    batches = [(inputs, logits - bias, labels) for inputs, logits, labels in lab.batches(6)]
+    teacher = MLP().to(device)
+    lab.wrap(
+        meta=[(meta_inputs, meta_labels)], rate=0.1, unroll=2, every=2, teacher=teacher
+    )
+    assert lab.criterion.teacher_bias.any()
+    batches = list(lab.batches(6))
     train(lab, batches[:4])
     with never_waits(device):
         train(lab, batches[4:])

@@ -35,6 +35,8 @@ def hypergradient(
     params = two_groups(run.student) if groups else run.student.parameters()
     inner = OPTIMIZERS[optimizer](params)
     weight_net = MetaWeightNet(hidden=(8,), **(weights or {})).to(dtype)
+    if weights:  # not as alike as they begin
+        nn.init.normal_(weight_net.layers[-2].weight)
     criterion = WeightedKDLoss(weight_net, temperature=2.0)
     steps = run.batches(3 + unroll)
     meta = run.meta_batches(2)

@@ -225,6 +225,21 @@ def test_frozen_parts_of_the_weight_net_stay_and_the_rest_moves_as_ever(engine):
     assert relative_error(moved[True], moved[False]) == 0
 
 
+def test_where_the_meta_loss_began_is_the_mean_of_ten_windows():
+    optimizer = (setting := Setting()).wrapped()
+    seen = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        setting.loss().backward()
+        optimizer.step()
+        seen.append(optimizer.metrics["meta_loss"])
+        start = optimizer.metrics["meta_loss_start"]
+        assert start == pytest.approx(sum(seen[:10]) / len(seen[:10]), rel=1e-6)
+    other = Setting().wrapped()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.metrics["meta_loss_start"] == start
+
+
 @pytest.mark.parametrize(
     "given, unroll, every, rate",
     [
