@@ -71,10 +71,18 @@ class ViT(nn.Module):
 class Encoder(nn.Module):
     """A BERT-like text classifier: token and position embeddings, transformer blocks."""
 
-    def __init__(self, classes: int, width: int, depth: int, heads: int) -> None:
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        depth: int,
+        heads: int,
+        vocabulary: int = VOCABULARY,
+        length: int = LENGTH,
+    ) -> None:
         super().__init__()
-        self.token = nn.Embedding(VOCABULARY, width)
-        self.position = nn.Parameter(0.02 * torch.randn(LENGTH, width))
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.fc = nn.Linear(width, classes)
@@ -84,12 +92,41 @@ class Encoder(nn.Module):
         return self.fc(self.blocks(x).mean(1))
 
 
+class Depthwise(nn.Module):
+    """A depthwise-separable network with batch norm (Howard et al. 2017, MobileNet)."""
+
+    def __init__(self, classes: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*_normalised(nn.Conv2d(3, width, 3, padding=1, bias=False)))
+        blocks: list[nn.Module] = []
+        for _ in range(depth):
+            across = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+            blocks += [*_normalised(across), *_normalised(nn.Conv2d(width, width, 1, bias=False))]
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def _normalised(convolution: nn.Conv2d) -> tuple[nn.Module, ...]:
+    return convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()
+
+
 def _images(count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32)
 
 
+def _thumbnails(count: int) -> Tensor:
+    return torch.randn(count, 3, 8, 8)
+
+
 def _ids(count: int) -> Tensor:
     return torch.randint(VOCABULARY, (count, LENGTH))
+
+
+def _words(count: int) -> Tensor:
+    return torch.randint(100, (count, 8))
 
 
 def _vectors(count: int) -> Tensor:
@@ -134,5 +171,11 @@ MODELS = {
     "vit_tiny": Model(lambda classes, _: ViT(classes, 192, 12, 3), _images, _adamw, 32),
     "bert_mini": Model(lambda classes, _: Encoder(classes, 256, 4, 4), _ids, _adamw, 32),
     "mlp": Model(_mlp, _vectors, _sgd, 100),
+    "tiny_resnet8x4": _cifar("resnet8x4")._replace(inputs=_thumbnails, batch=2),
+    "tiny_depthwise": Model(lambda classes, _: Depthwise(classes, 16, 6), _thumbnails, _sgd, 2),
+    "tiny_transformer": Model(
+        lambda classes, _: Encoder(classes, 32, 4, 4, vocabulary=100, length=8), _words, _adamw, 2
+    ),
 }
-"""By name. Only the MLP's size can be chosen."""
+"""By name; only the MLP's size can be chosen. The steps of the tiny ones are all host and no
+arithmetic."""

@@ -19,22 +19,26 @@ class KDBalance(Row):
 
     settings: dict[str, Any] = {}
     definition = "optimizer"
+    optimizer: BilevelOptimizer
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        settings = {"unroll": case.unroll, "every": case.unroll, **self.settings}
-        if settings["every"] < NEVER:
-            self.period = settings["every"] = max(settings["every"], settings["unroll"])
         self.criterion = WeightedKDLoss(self.weight_net, temperature=TEMPERATURE)
         self._meta: Batch | None = None
         self.optimizer = BilevelOptimizer(
-            self.optimizer,
+            case.optimizer(self.student),
             self.student,
             self.criterion,
             self._meta_batches(),
-            meta_optimizer=case.meta_optimizer(self.weight_net),
-            **settings,
+            **self._settings(case),
         )
+        if self.optimizer.every < NEVER:
+            self.period = self.optimizer.every
+
+    def _settings(self, case: Case) -> dict[str, Any]:
+        settings = {"unroll": case.unroll, "every": case.unroll, **self.settings}
+        settings["every"] = max(settings["every"], settings["unroll"])
+        return {"meta_optimizer": case.meta_optimizer(self.weight_net), **settings}
 
     def _meta_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -61,6 +65,24 @@ class OnlineEvery5(KDBalance):
 
 class OnlineEvery10(KDBalance):
     settings = {"every": 10}
+
+
+class OnlineEvery16(KDBalance):
+    settings = {"every": 16}
+
+
+class Unroll4Every16(KDBalance):
+    definition = None  # type: ignore[assignment]
+    settings = {"unroll": 4, "every": 16}
+
+
+class Default(KDBalance):
+    """As the README's two lines leave it, with no option set."""
+
+    definition = None  # type: ignore[assignment]
+
+    def _settings(self, case: Case) -> dict[str, Any]:
+        return {}
 
 
 class WithoutMeta(KDBalance):
