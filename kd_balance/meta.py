@@ -147,8 +147,7 @@ class MetaObjective:
             with preserved_random_state(call.device):
                 if self._forward is None:
                     return self._loss(call.call(params, args, kwargs), teacher_logits, targets)
-                through = _Through(self._forward, self._student)
-                output = call.through(through, "student.", params, (batch,), {})
+                output = call.through(self._forward, params, (self._student, batch), {})
                 return self._loss(output[0], teacher_logits, output[1])
 
         return meta_loss
@@ -249,18 +248,6 @@ class MetaObjective:
                 else:  # picking by a mask would wait for the device
                     loss = loss + torch.where(kept, soft, 0).sum() / kept.sum().clamp(min=1)
             return loss
-
-
-class _Through(nn.Module):
-    """The student as a submodule of a user's function, so that its parameters can be replaced."""
-
-    def __init__(self, forward: MetaForward, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-        self._function = forward
-
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        return self._function(self.student, batch)
 
 
 @contextmanager

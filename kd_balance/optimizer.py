@@ -19,7 +19,7 @@ from kd_balance.inner_step import DIFFERENTIABLE, InnerStep, Update, is_differen
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import CriterionCall, Recorder
-from kd_balance.replay import replayable
+from kd_balance.replay import Structure, replayable
 
 METHODS = ("online", "lookahead", "paper")
 UNROLL, EVERY = 4, 32  # a window: fewer steps of it gain less, more windows gain nothing
@@ -122,7 +122,7 @@ class BilevelOptimizer(Optimizer):
         _check_single_process(student)
         module = replayable(student)
         _check_modules(module)
-        self._names = _names_of(module)
+        self._structure = Structure(module)
         _check_parameters(optimizer, self._names, weight_net)
 
         self.optimizer = optimizer
@@ -161,7 +161,7 @@ class BilevelOptimizer(Optimizer):
         self.__setstate__({})  # gives this optimizer its own step hooks
         _supersede_wrapper_of(module)
         self._gradient_watch = GradientWatch(module, optimizer)
-        self._recorder = Recorder(student, criterion, self._gradient_watch)
+        self._recorder = Recorder(student, self._structure, criterion, self._gradient_watch)
         _watching.add(self)
         self._open_window()
 
@@ -203,7 +203,7 @@ class BilevelOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
-        self._names = _names_of(replayable(self.student))
+        self._structure.refresh()
         _check_parameters(self.optimizer, self._names, self._weight_net)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -246,7 +246,7 @@ class BilevelOptimizer(Optimizer):
         else:
             self._recorder.active = False
             at_end = self._window_position == self.every - 1
-            self._names = _names_of(replayable(self.student))  # layers may have been replaced
+            self._structure.refresh()  # layers may have been replaced
             try:
                 with _modes_of_our_own(next(self._weight_net.parameters()).device):
                     self._check_calls(calls)
@@ -351,6 +351,10 @@ class BilevelOptimizer(Optimizer):
         self._open_window()
 
     # the steps
+
+    @property
+    def _names(self) -> dict[Tensor, str]:
+        return self._structure.parameters
 
     @property
     def _window_position(self) -> int:
@@ -612,10 +616,6 @@ def _check_parameters(
             "optimizer holds no parameter of the student, expected the optimizer that moves it: "
             "wrap that one, and give the same student."
         )
-
-
-def _names_of(student: nn.Module) -> dict[Tensor, str]:
-    return {param: name for name, param in student.named_parameters()}
 
 
 def _check_single_process(student: nn.Module) -> None:

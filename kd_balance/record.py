@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd_balance.clipping import GradientWatch
 from kd_balance.hooks import WeakHook
 from kd_balance.loss import WeightedKDLoss
-from kd_balance.replay import StudentCall, leaves_of, replayable
+from kd_balance.replay import StudentCall, Structure, leaves_of
 from kd_balance.replay.dropout import draw_as_usual, draw_plainly
 from kd_balance.replay.memory_format import ReplayFormat
 
@@ -78,13 +78,17 @@ class Recorder:
     """
 
     def __init__(
-        self, student: nn.Module, criterion: WeightedKDLoss, gradients: GradientWatch
+        self,
+        student: nn.Module,
+        structure: Structure,
+        criterion: WeightedKDLoss,
+        gradients: GradientWatch,
     ) -> None:
         self._active = False
         self._gradients = gradients
-        self._student = replayable(student)
+        self._structure = structure
         self._criterion = criterion
-        self._format = ReplayFormat(self._student)
+        self._format = ReplayFormat(structure.student)
         self._entered: StudentCall | None = None
         self._kept: WeakSet[_Kept] = WeakSet()
         self._calls: list[CriterionCall] = []
@@ -134,11 +138,11 @@ class Recorder:
                 "the student is a replica that nn.DataParallel made for one of several devices, "
                 "expected the student itself: train on one device, with device_ids of length 1."
             )
-        self._criterion.follow(next(self._student.parameters()).device)
+        self._criterion.follow(next(self._structure.student.parameters()).device)
         self._entered = None
         if self.active and torch.is_grad_enabled():
             self._entered = StudentCall.about_to_happen(
-                self._student, args, kwargs, self._format
+                self._structure, args, kwargs, self._format
             )
 
     def _after_student(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
 
-from kd_balance.hypergradient.fused_rules import FusedRules
+from kd_balance.replay.fused_rules import FusedRules
 from tests.students import relative_error
 
 
@@ -108,7 +108,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_conv2d(name, samples, with_parameters, monkeypatch):
     """Several slices and a shorter last one; memory format included."""
-    monkeypatch.setattr("kd_balance.hypergradient.fused_rules._SLICE", 3 * 4 * 100)
+    monkeypatch.setattr("kd_balance.replay.fused_rules._SLICE", 3 * 4 * 100)
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 4, **CONVOLUTIONS[name]).double()
     inputs = torch.randn(samples, 2, 12, 12).contiguous(memory_format=torch.channels_last)

@@ -1,12 +1,15 @@
 """Replays never touch the student: a step leaves what the plain loop would have left."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
+from kd_balance.replay import RandomState, preserved_random_state
 from tests.students import EVERY_STEP, OPTIMIZERS, STUDENTS, Run, logits_of
 
 
@@ -160,3 +163,47 @@ def test_nothing_is_kept_after_a_step_or_when_outputs_die():
     gc.collect()
     assert [ref() for ref in held] == [None, None]
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 2])
+@pytest.mark.parametrize(
+    "draw", [np.random.rand, np.random.randn, random.random, lambda: torch.rand(())]
+)
+def test_random_numbers_are_what_they_were(draw, drawn):
+    """Of numpy's normal numbers every second one is held back, not computed."""
+    cpu = torch.device("cpu")
+    torch.rand(1), random.random(), np.random.seed(0)
+    for _ in range(drawn):
+        draw()
+    with preserved_random_state(cpu):
+        before = RandomState.current(cpu)
+        first = [float(draw()) for _ in range(3)]
+        before.set()
+        assert [float(draw()) for _ in range(3)] == first
+    assert [float(draw()) for _ in range(3)] == first
+
+
+def test_another_generator_of_numpy_s_own():
+    cpu, usual = torch.device("cpu"), np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(0))
+        with preserved_random_state(cpu):
+            first = np.random.rand(3)
+        assert (np.random.rand(3) == first).all()
+    finally:
+        np.random.set_bit_generator(usual)
+
+
+def test_running_statistics_can_be_read_in_a_replay_by_hooks():
+    run = Run("conv", torch.float64)
+    norm = next(m for m in run.student.modules() if isinstance(m, nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_hook(lambda m, _, __: seen.append(m.running_mean.clone()))
+    criterion = WeightedKDLoss(MetaWeightNet(hidden=(4,)).double())
+    optimizer = OPTIMIZERS["sgd"](run.student.parameters())
+    optimizer = BilevelOptimizer(optimizer, run.student, criterion, run.meta_batches(1))
+    (inputs, teacher_logits, labels), = run.batches(1)
+    criterion(logits_of(run.student(inputs)), teacher_logits, labels).backward()
+    optimizer.step()
+    assert len(seen) > 2
+    torch.testing.assert_close(norm.running_mean, seen[0])

@@ -19,7 +19,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from kd_balance.hypergradient.fused_rules import FusedRules
+from kd_balance.replay.fused_rules import FusedRules
 from kd_balance.inner_step import InnerStep, Slots
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall

@@ -1,6 +1,14 @@
 """Replays: the student called again as it was called, leaving no trace in it."""
 
 from kd_balance.replay.random_state import RandomState, preserved_random_state
+from kd_balance.replay.structure import Structure
 from kd_balance.replay.student_call import StudentCall, leaves_of, replayable
 
-__all__ = ["RandomState", "StudentCall", "leaves_of", "preserved_random_state", "replayable"]
+__all__ = [
+    "RandomState",
+    "Structure",
+    "StudentCall",
+    "leaves_of",
+    "preserved_random_state",
+    "replayable",
+]

@@ -31,20 +31,23 @@ def recomputed_under(again: Callable[[], AbstractContextManager]) -> Iterator[No
 
         return generator(fn, preserve, contexts, *rest, **kwargs)
 
-    class NotReentrant:
-        @staticmethod
-        def apply(fn: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            return module.checkpoint(
-                fn, *args, use_reentrant=False, preserve_rng_state=preserve
-            )
-
     module._checkpoint_without_reentrant_generator = generator_under
-    module.CheckpointFunction = NotReentrant
+    module.CheckpointFunction = _NotReentrant
     try:
         yield
     finally:
         module._checkpoint_without_reentrant_generator = generator
         module.CheckpointFunction = function
+
+
+class _NotReentrant:
+    """Takes the place of torch's CheckpointFunction."""
+
+    @staticmethod
+    def apply(fn: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(
+            fn, *args, use_reentrant=False, preserve_rng_state=preserve
+        )
 
 
 class _Nested(AbstractContextManager):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+
+_PIXELS = 2**13  # of a batch: with fewer, bringing the weights into the format costs what it gains
 
 
 class ReplayFormat:
@@ -21,9 +24,21 @@ class ReplayFormat:
         convolves = any(isinstance(module, nn.Conv2d) for module in student.modules())
         self.channels_last = devices == {"cpu"} and convolves
 
-    def convert(self, values: Any) -> Any:
-        """A pytree with its images and convolution weights in channels_last."""
-        return tree_map(_channels_last, values)
+    def pays(self, arguments: Any) -> bool:
+        """Whether a call with a pytree of these arguments gains by the format."""
+        return self.channels_last and _pixels(arguments) >= _PIXELS
+
+    def convert(
+        self, params: Mapping[str, Tensor], arguments: Any
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Parameters and arguments with images and convolution weights in channels_last."""
+        converted = {name: _channels_last(param) for name, param in params.items()}
+        return converted, tree_map(_channels_last, arguments)
+
+
+def _pixels(arguments: Any) -> int:
+    images = [x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.dim() == 4]
+    return sum(image.numel() // max(1, image.shape[1]) for image in images)
 
 
 def _channels_last(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,18 +16,22 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def differentiable_operators(module: nn.Module) -> Iterator[None]:
-    """Plain operators in place of fused and compiled ones, which lack derivatives."""
+def differentiable_operators(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Plain operators in place of fused and compiled ones, which lack derivatives.
+
+    Args:
+        modules: all that are to be called.
+    """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
-            if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+            if any(isinstance(m, nn.RNNBase) for m in modules):
                 stack.enter_context(plain_recurrence())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if _has_weight_norm(module):
+            if _has_weight_norm(modules):
                 stack.enter_context(_PlainWeightNorm())
             yield
     finally:
@@ -48,10 +52,10 @@ def plain_recurrence() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(mkldnn)
 
 
-def _has_weight_norm(module: nn.Module) -> bool:
+def _has_weight_norm(modules: Sequence[nn.Module]) -> bool:
     return any(
         isinstance(part, (_WeightNorm, WeightNorm))
-        for m in module.modules()
+        for m in modules
         for part in (m, *m._forward_pre_hooks.values())
     )
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from kd_balance.replay.checkpointing import recomputed_under
+from kd_balance.replay.fused_rules import FusedRules
 from kd_balance.replay.memory_format import ReplayFormat
 from kd_balance.replay.operators import differentiable_operators
 from kd_balance.replay.random_state import RandomState, preserved_random_state
+from kd_balance.replay.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,27 @@ class Autocast:
             torch.get_autocast_dtype(device_type),
         )
 
-    def restored(self) -> torch.autocast:
+    def restored(self) -> AbstractContextManager[Any]:
+        if not self.enabled and not torch.is_autocast_enabled(self.device_type):
+            return nullcontext()
         return torch.autocast(
             self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False
         )
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass
 class StudentCall:
     """One forward call of the student, held so that it can be repeated with other parameters."""
 
-    student: nn.Module
+    structure: Structure
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random_state: RandomState
     autocast: Autocast
-    buffers: dict[str, Tensor]
+    buffers: dict[str, Tensor | None]
     training: list[bool]
     format: ReplayFormat
     draws_random_numbers: bool = False
@@ -59,22 +65,27 @@ class StudentCall:
     @classmethod
     def about_to_happen(
         cls,
-        student: nn.Module,
+        structure: Structure,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         format: ReplayFormat,
     ) -> StudentCall:
-        device = next(student.parameters()).device
+        structure.refresh()
+        device = next(iter(structure.parameters)).device
         return cls(
-            student,
+            structure,
             args,
             kwargs,
             RandomState.current(device),
             Autocast.current(device.type),
-            {name: buffer.clone() for name, buffer in student.named_buffers()},
-            [module.training for module in student.modules()],
+            _buffers_before(structure),
+            [module.training for module in structure.modules],
             format,
         )
+
+    @property
+    def student(self) -> nn.Module:
+        return self.structure.student
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +96,7 @@ class StudentCall:
         """The coarsest number format that the call computed in."""
         if self.autocast.enabled:
             return self.autocast.dtype
-        dtypes = {p.dtype for p in self.student.parameters() if p.is_floating_point()}
+        dtypes = {p.dtype for p in self.structure.parameters if p.is_floating_point()}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def replay(self, params: Mapping[str, Tensor]) -> Tensor:
@@ -102,60 +113,70 @@ class StudentCall:
         self, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """The logits for other arguments, the student called as it was in this call."""
-        output = self.through(self.student, "", params, args, kwargs)
+        output = self.through(self.student, params, args, kwargs)
         return leaves_of(output)[self.leaf]
 
     def through(
         self,
-        module: nn.Module,
-        prefix: str,
+        function: Callable[..., Any],
         params: Mapping[str, Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Calls `module`, which holds the student under `prefix`; the student stays untouched."""
-        if self.format.channels_last and not self.draws_random_numbers:
+        """Calls a function that may call the student; the student stays untouched."""
+        if not self.draws_random_numbers and self.format.pays([args, kwargs]):
             try:
-                return self._through(module, prefix, *self.format.convert([params, args, kwargs]))
+                return self._through(function, *self.format.convert(params, (args, kwargs)))
             except RuntimeError:  # a view that only contiguous activations allow, most likely
                 self.format.channels_last = False
-        return self._through(module, prefix, params, args, kwargs)
+        return self._through(function, params, (args, kwargs))
 
     def _through(
         self,
-        module: nn.Module,
-        prefix: str,
+        function: Callable[..., Any],
         params: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
     ) -> Any:
-        given = {prefix + name: param for name, param in params.items()}
-        buffers = {prefix + name: buffer for name, buffer in self.buffers.items()}
-
-        modes = _get_current_function_mode_stack()
+        params = dict(params)  # as they are now, when a checkpoint computes again
+        modes, rules = _get_current_function_mode_stack(), FusedRules.active()
 
         @contextmanager
         def as_recorded() -> Iterator[None]:
-            state = {**{name: buffer.clone() for name, buffer in buffers.items()}, **given}
-            everywhere = _wherever_tied(module, state)
+            copies = {n: None if b is None else b.clone() for n, b in self.buffers.items()}
             with ExitStack() as stack:
+                # what surrounds the replay is gone where a checkpoint computes again
                 active = _get_current_function_mode_stack()
-                for mode in modes:  # gone where a checkpoint computes again
+                for mode in modes:
                     if mode not in active:
                         stack.enter_context(mode)
+                if rules is not None and FusedRules.active() is not rules:
+                    stack.enter_context(rules)
                 stack.enter_context(self.autocast.restored())
-                stack.enter_context(_training_flags(self.student, self.training))
-                stack.enter_context(_preserved_attributes(self.student))
-                stack.enter_context(differentiable_operators(self.student))
-                stack.enter_context(_reparametrize_module(module, everywhere))
+                stack.enter_context(self.structure.holding({**copies, **params}, self.training))
+                stack.enter_context(differentiable_operators(self.structure.modules))
                 yield
 
+        args, kwargs = arguments
         with recomputed_under(as_recorded), as_recorded():
-            return module(*args, **kwargs)
+            return function(*args, **kwargs)
+
+
+def _buffers_before(structure: Structure) -> dict[str, Tensor | None]:
+    """Copies of the buffers by name, None for those that the call writes and nothing reads."""
+    unread = {
+        id(buffer)
+        for module in structure.modules
+        if type(module) in _NORMS and module.training
+        if not (module._forward_hooks or module._forward_pre_hooks)
+        for buffer in module._buffers.values()
+    }
+    return {n: None if id(b) in unread else b.clone() for b, n in structure.buffers.items()}
 
 
 def leaves_of(output: Any) -> list[Any]:
     """What a student's output is made of, dataclasses taken apart too."""
+    if isinstance(output, Tensor):
+        return [output]
     leaves = []
     for leaf in tree_leaves(output):
         if is_dataclass(leaf) and not isinstance(leaf, type):
@@ -163,48 +184,6 @@ def leaves_of(output: Any) -> list[Any]:
         else:
             leaves.append(leaf)
     return leaves
-
-
-def _wherever_tied(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state under all names of tied tensors, but under one name of a module that has several.
-
-    torch's own way of tying swaps such a module's tensors twice, and leaves it with the new ones.
-    """
-    places: dict[str, Tensor] = {}
-    for prefix, part in module.named_modules():
-        places.update(part.named_parameters(prefix, recurse=False, remove_duplicate=False))
-        places.update(part.named_buffers(prefix, recurse=False, remove_duplicate=False))
-    new = {places[name]: value for name, value in state.items() if name in places}
-    return {**state, **{name: new[old] for name, old in places.items() if old in new}}
-
-
-@contextmanager
-def _training_flags(module: nn.Module, flags: list[bool]) -> Iterator[None]:
-    modules = list(module.modules())
-    before = [m.training for m in modules]
-    if before == flags:
-        yield
-        return
-    try:
-        for m, flag in zip(modules, flags, strict=True):
-            m.training = flag
-        yield
-    finally:
-        for m, flag in zip(modules, before, strict=True):
-            m.training = flag
-
-
-@contextmanager
-def _preserved_attributes(module: nn.Module) -> Iterator[None]:
-    """Restores what calls leave in attributes: norm weights of old-style hooks, counters."""
-    before = [(attributes, dict(attributes)) for attributes in (vars(m) for m in module.modules())]
-    try:
-        yield
-    finally:
-        for attributes, values in before:
-            for key in attributes.keys() - values.keys():
-                del attributes[key]
-            attributes.update(values)
 
 
 def replayable(student: nn.Module) -> nn.Module:

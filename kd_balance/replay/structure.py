@@ -1,0 +1,91 @@
+"""A student's modules and the places of its tensors, walked through once for many replays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+Held = dict[str, Any]
+"""One of the dictionaries in which a module keeps its parameters or its buffers."""
+
+
+class Structure:
+    """Where a student keeps what a replay puts other tensors in the place of.
+
+    Args:
+        student: may be changed later on; :meth:`refresh` notices.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student = student
+        self._walk()
+
+    def refresh(self) -> None:
+        """Walks again if layers, parameters or buffers were added, removed or replaced."""
+        if self._seen != [_identities(module) for module in self.modules]:
+            self._walk()
+
+    def _walk(self) -> None:
+        self.modules = list(self.student.modules())
+        self._seen = [_identities(module) for module in self.modules]
+        self.parameters: dict[Tensor, str] = {p: n for n, p in self.student.named_parameters()}
+        """The name of every parameter, which is the first of several."""
+        self.buffers: dict[Tensor, str] = {b: n for n, b in self.student.named_buffers()}
+        names = {**self.buffers, **self.parameters}
+        self._places: list[tuple[Held, str, str]] = []
+        for module in self.modules:
+            for held in (module._parameters, module._buffers):
+                self._places += [(held, k, names[t]) for k, t in held.items() if t is not None]
+        self._names = {name for _, _, name in self._places}
+
+    @contextmanager
+    def holding(
+        self, tensors: Mapping[str, Tensor | None], training: list[bool]
+    ) -> Iterator[None]:
+        """Lets the student hold other tensors and flags, and gives it back all that it had.
+
+        What a call leaves in attributes goes with it: the weights of old-style norm hooks,
+        counters, new buffers.
+
+        Args:
+            tensors: parameters and buffers by name, in every place of one that has several.
+            training: the flags of all modules.
+
+        Raises:
+            ValueError: the student lost one of these tensors since.
+        """
+        if lost := tensors.keys() - self._names:
+            raise ValueError(
+                f"the student holds no {min(lost)} any more, expected the layers that it was "
+                "called with: replace layers before the forward pass, not between it and step()."
+            )
+        before = [
+            (held, dict(held))
+            for module in self.modules
+            for held in (vars(module), module._parameters, module._buffers)
+        ]
+        try:
+            for module, flag in zip(self.modules, training, strict=True):
+                vars(module)["training"] = flag
+            for held, key, name in self._places:
+                if name in tensors:
+                    held[key] = tensors[name]
+            yield
+        finally:
+            for held, values in before:
+                held.update(values)
+                if len(held) > len(values):
+                    for key in held.keys() - values.keys():
+                        del held[key]
+
+
+def _identities(module: nn.Module) -> list[Any]:
+    children, parameters, buffers = module._modules, module._parameters, module._buffers
+    return [
+        *children, *map(id, children.values()),
+        *parameters, *map(id, parameters.values()),
+        *buffers, *map(id, buffers.values()),
+    ]
