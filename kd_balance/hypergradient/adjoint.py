@@ -123,42 +123,67 @@ def _forward_mode(
             duals[name] = param if tangent is None else fwAD.make_dual(param, tangent)
         with FusedRules(tangents=True):
             dual_logits = call.logits(duals)
+        logits, tangent = fwAD.unpack_dual(dual_logits)
+        if tangent is None:
+            return torch.zeros_like(call.weights), curvature
+        loss_tangents, gradient, gradient_tangent = _loss_tangents(
+            criterion, call, logits.detach(), tangent.detach()
+        )
         if with_curvature:
-            losses = call.losses(criterion, dual_logits)
-            result = criterion.combine(losses, call.weights, call.targets)
             gradients = torch.autograd.grad(
-                result, list(duals.values()), call.upstream, allow_unused=True
+                dual_logits,
+                list(duals.values()),
+                fwAD.make_dual(gradient, gradient_tangent),
+                allow_unused=True,
             )
             for name, gradient in zip(duals, gradients, strict=True):
                 tangent = None if gradient is None else fwAD.unpack_dual(gradient).tangent
                 if tangent is not None:
                     curvature[name] = tangent.detach()
-        logits, tangent = fwAD.unpack_dual(dual_logits)
-    if tangent is None:
-        return torch.zeros_like(call.weights), curvature
-    tangents = _loss_tangents(criterion, call, logits.detach(), tangent.detach())
-    with torch.enable_grad():
-        weights = call.weights.detach().requires_grad_()
-        slope = criterion.combine(tangents, weights, call.targets)
-    (weight_gradient,) = torch.autograd.grad(slope, weights, call.upstream)
-    return weight_gradient, curvature
+    return _by_weight(criterion, call, loss_tangents), curvature
 
 
 def _loss_tangents(
     criterion: WeightedKDLoss, call: CriterionCall, logits: Tensor, direction: Tensor
-) -> Tensor:
-    """[N, 2] derivatives of the losses in a direction of the logits.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In a direction of the logits, the derivatives of the losses and of the logits' gradient.
 
-    Two backward passes: the first is linear in what it begins with, and its transpose is wanted.
-    Forward mode does the same, but goes through softmax and KL in Python.
+    Two backward passes: the first is linear in what it begins with, and its transpose is wanted;
+    its derivative by the logits is symmetric. Forward mode does the same, but goes through softmax
+    and KL in Python.
+
+    Returns:
+        The tangents of the losses [N, 2]; the gradient of the result by the logits; its tangent.
     """
     with torch.enable_grad():
         logits.requires_grad_()
         losses = call.losses(criterion, logits)
-        start = torch.zeros_like(losses, requires_grad=True)
+        start = _by_losses(criterion, call, losses).requires_grad_()
         (gradient,) = torch.autograd.grad(losses, logits, start, create_graph=True)
-        (tangents,) = torch.autograd.grad(gradient, start, direction)
-    return tangents
+        tangents, gradient_tangent = torch.autograd.grad(
+            gradient, (start, logits), direction, allow_unused=True
+        )
+    if gradient_tangent is None:  # losses that are linear in the logits
+        gradient_tangent = torch.zeros_like(gradient)
+    return tangents, gradient.detach(), gradient_tangent
+
+
+def _by_losses(criterion: WeightedKDLoss, call: CriterionCall, losses: Tensor) -> Tensor:
+    """[N, 2], the derivatives of what backward was called on by the losses."""
+    losses = losses.detach().requires_grad_()
+    with torch.enable_grad():
+        result = criterion.combine(losses, call.weights, call.targets)
+    (gradient,) = torch.autograd.grad(result, losses, call.upstream)
+    return gradient
+
+
+def _by_weight(criterion: WeightedKDLoss, call: CriterionCall, losses: Tensor) -> Tensor:
+    """[N, 2], the derivatives of what backward was called on by the weights, given the losses."""
+    weights = call.weights.detach().requires_grad_()
+    with torch.enable_grad():
+        result = criterion.combine(losses, weights, call.targets)
+    (gradient,) = torch.autograd.grad(result, weights, call.upstream)
+    return gradient
 
 
 def _double_backward(
@@ -181,12 +206,14 @@ def _double_backward(
             create_graph=True,
             allow_unused=True,
         )
-        pairs = zip(gradients, direction.values(), strict=True)
-        slope = sum((g * d).sum() for g, d in pairs if g is not None)
-    if not isinstance(slope, Tensor):
+    pairs = [(g, d) for g, d in zip(gradients, direction.values(), strict=True) if g is not None]
+    if not pairs:
         return torch.zeros_like(call.weights), {}
     wanted = list(leaves.values()) if with_curvature else []
-    weight_gradient, *second = torch.autograd.grad(slope, [weights, *wanted], allow_unused=True)
+    outputs, cotangents = zip(*pairs)
+    weight_gradient, *second = torch.autograd.grad(
+        outputs, [weights, *wanted], cotangents, allow_unused=True
+    )
     curvature = dict(zip(leaves, second)) if with_curvature else {}
     return weight_gradient, {name: h for name, h in curvature.items() if h is not None}
 
