@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean
+.PHONY: help demo test gpu clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,14 @@ test: $(READY)  ## lint, check the types, run the tests
 	$(BIN)/flake8
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+gpu:  ## with this machine's python, download nothing: the CUDA tests, then the step-cost table
+	status=0; \
+	export PYTHONPATH=$(CURDIR):$$PYTHONPATH; \
+	workers=$$($(PYTHON) -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")'); \
+	timeout 240 $(PYTHON) -m pytest -q -m cuda $$workers || status=$$?; \
+	$(PYTHON) benchmarks/gpu.py --minutes 5 || status=$$?; \
+	exit $$status
 
 clean:  ## remove .venv and everything built
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache

@@ -9,3 +9,11 @@ torch.set_num_threads(1)
 def windows_of_four(monkeypatch):
     """The default `every`, shortened for programs that are run for a few steps."""
     monkeypatch.setattr("kd_balance.optimizer.EVERY", 4)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_in_sight(request, monkeypatch):
+    """Tests that do not ask for a GPU mean the same on a machine with one."""
+    if request.node.get_closest_marker("cuda") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

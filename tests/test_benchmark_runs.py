@@ -372,7 +372,9 @@ def test_a_plan_makes_one_row_for_each_method_and_teacher(run):
 def test_a_result_says_how_it_was_made(run):
     row = run("--method", "bikd-online:every=2", "--teacher-kind", "biased")[-1]
     assert row["method"] == "bikd-online:every=2" and row["options"]["every"] == 2
-    assert row["settings"]["batch_size"] == 20 and row["versions"]["torch"] == torch.__version__
+    assert row["settings"]["batch_size"] == 20
+    # packages leave the "+cu130" of torch's own version out
+    assert torch.__version__.startswith(row["versions"]["torch"])
     assert row["class_counts"] == [40, 18, 8, 4] and row["commit"] != ""
     assert set(row["test"]) == {"overall", "many", "medium", "few", "worst", "ece", "per_class"}
     assert row["seconds"] > 0 and row["teacher_metrics"]["overall"] > 0

@@ -69,8 +69,9 @@ class Case:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2 * seed + meta)
             inputs = MODELS[self.model].inputs(count)
-            targets = torch.randint(self.classes, (count,))
-            logits = 3 * torch.randn(count, self.classes)
+            rows = count * MODELS[self.model].positions
+            targets = torch.randint(self.classes, (rows,))
+            logits = 3 * torch.randn(rows, self.classes)
         if inputs.is_floating_point():
             inputs = inputs.to(self._storage)
         if self.channels_last and inputs.dim() == 4:

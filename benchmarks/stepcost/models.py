@@ -150,6 +150,8 @@ class Model(NamedTuple):
     optimizer: Callable[[list[Tensor]], Optimizer]
     batch: int
     """Default batch size; the meta batch is as large."""
+    positions: int = 1
+    """Rows of logits for each input: a decoder has one for each token."""
 
 
 def _cifar(name: str) -> Model:

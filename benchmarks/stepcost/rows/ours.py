@@ -59,6 +59,10 @@ class Online(KDBalance):
     settings = {"method": "online"}
 
 
+class OnlineEvery4(KDBalance):
+    settings = {"every": 4}
+
+
 class OnlineEvery5(KDBalance):
     settings = {"every": 5}
 

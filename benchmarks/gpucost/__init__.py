@@ -1,0 +1,1 @@
+"""The step-cost table of one GPU."""
