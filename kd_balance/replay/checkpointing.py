@@ -12,6 +12,10 @@ from typing import Any
 
 import torch.utils.checkpoint
 
+_saver: Any = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
+if _saver is not None:  # torch before 2.13 keeps inputs by a function that forward mode cannot pass
+    _saver.jvp = staticmethod(lambda ctx, *tangents: torch.empty(0))
+
 
 @contextmanager
 def recomputed_under(again: Callable[[], AbstractContextManager]) -> Iterator[None]:

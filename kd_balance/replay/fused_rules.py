@@ -15,6 +15,9 @@ Linear layers, ẏ = x ẇᵀ + ḃ + ẋ wᵀ: the last product is added in pla
 
 Convolution on a CPU: of ẏ = conv(x, ẇ) + conv(ẋ, w) the second term is added in slices of the
 batch that stay in the cache, and no second activation is held.
+
+Dropout on a GPU, also within attention: the gradient of torch's fused operator has no tangent, a
+product with the mask has. The mask is what the fused operator draws.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _ADDED = 2**12  # float32 numbers that may be added up one by one
 
 
 class FusedRules:
-    """Within it, batch norms, linear layers and 2d convolutions take these rules.
+    """Within it, batch norms, linear layers, 2d convolutions and dropout take these rules.
 
     They leave running statistics alone: they are for replays. For that time they stand in
     torch.nn.functional in the place of torch's own, to which they leave the calls of other threads.
@@ -331,4 +334,73 @@ def _conv2d(
     return fwAD.make_dual(y, dy)
 
 
-_RULES = {"batch_norm": _batch_norm, "linear": _linear, "conv2d": _conv2d}
+def _dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    if inplace or not (training and _drops_by_product(input, p)):
+        return _torchs["dropout"](input, p, training, inplace)
+    return input * (_mask(input, p).to(input.dtype) / (1 - p))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if not _drops_by_product(query, dropout_p):
+        more = {"scale": scale, "enable_gqa": enable_gqa}
+        return _torchs["scaled_dot_product_attention"](
+            query, key, value, attn_mask, dropout_p, is_causal, **more
+        )
+    kind = query.device.type
+    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    exact = torch.float32 if low in (torch.half, torch.bfloat16) else low  # of the plain kernel
+    query, key, value = (t.to(low).to(exact) for t in (query, key, value))
+    if enable_gqa:
+        shared = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(shared, -3) for t in (key, value))
+    with torch.autocast(kind, enabled=False):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = query * scale @ key.transpose(-2, -1)
+        if is_causal:
+            attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
+        if attn_mask is None:
+            weights = scores.softmax(-1)
+        else:
+            weights = _masked_softmax(scores, attn_mask)
+        return (_dropout(weights, dropout_p) @ value).to(low)
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Rows without a position to look at become zero, as torch's do."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
+    scores = scores + mask
+    empty = scores.isneginf().all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def _drops_by_product(x: Tensor, p: float) -> bool:
+    """Whether torch would drop by an operator whose gradient has no tangent that is needed."""
+    rules = _thread.rules
+    differentiated = rules is not None and rules.tangents and torch.is_grad_enabled()
+    return differentiated and x.is_cuda and x.numel() > 0 and 0 < p < 1
+
+
+def _mask(x: Tensor, p: float) -> Tensor:
+    """What the fused operator keeps of a tensor like `x`."""
+    return torch.native_dropout(x.detach(), p, True)[1]
+
+
+_RULES = {
+    "batch_norm": _batch_norm,
+    "linear": _linear,
+    "conv2d": _conv2d,
+    "dropout": _dropout,
+    "scaled_dot_product_attention": _attention,
+}
