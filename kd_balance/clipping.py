@@ -206,9 +206,8 @@ def _statistics(params: list[Tensor]) -> Tensor:
     gradients = [p.grad.detach() for p in params if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     if gradients[0].device.type == "cpu":  # where the norm below is slow
-        largest = torch.stack(
-            [torch.stack(g.aminmax()).abs().max() if g.numel() else g.sum() for g in gradients]
-        )
+        extremes = [e for g in gradients for e in (g if g.numel() else g.new_zeros(1)).aminmax()]
+        largest = torch.stack(extremes).view(-1, 2).abs().amax(1)
     else:
         largest = torch.stack(torch._foreach_norm(gradients, float("inf")))
     return torch.stack((norms, largest), 1)

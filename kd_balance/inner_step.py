@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping
 from kd_balance.record import CriterionCall
+from kd_balance.step_products import adam_product, sgd_product
 
 State = dict[str, Any]
 Slots = dict[str, dict[str, Tensor]]
@@ -43,7 +44,6 @@ DIFFERENTIABLE: tuple[type[Optimizer], ...] = (
 _IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
 _COUNTERS = {"step", "mu_product"}  # state that is one number a parameter
 _WITHOUT_FLOAT64 = {"mps"}  # types of devices
-_CHUNK = 2**17  # elements whose update graph is alive at a time: few enough for the cache
 
 
 def is_differentiable(optimizer: Optimizer) -> bool:
@@ -178,6 +178,13 @@ class GroupUpdate:
         """Whether the Jacobian is a handful of numbers, whatever parameters and state hold."""
         return self.kind is torch.optim.SGD
 
+    @property
+    def is_adam(self) -> bool:
+        """Whether :func:`adam_product` knows the Jacobian."""
+        numbers = all(isinstance(beta, float) for beta in self.options.get("betas", ()))
+        known = self.kind in (torch.optim.Adam, torch.optim.AdamW)
+        return known and numbers and not self.options["amsgrad"]
+
 
 @dataclass
 class Update:
@@ -266,7 +273,7 @@ class Update:
 
         Args:
             cotangents: of the new parameters ("param") and of the new state (by its key). Without
-                `through` they are used up, their memory becoming that of the result.
+                `through` they are used up.
             through: also return the cotangents of the old parameters and of the old state.
 
         Returns:
@@ -299,68 +306,58 @@ def _alike(group: GroupUpdate) -> list[list[int]]:
     """Indices of the parameters whose updates are one and the same elementwise function."""
     buckets: dict[Any, list[int]] = defaultdict(list)
     for i, state in enumerate(group.states):
-        counters = ((k, float(state[k]) if k in _COUNTERS else None) for k in sorted(state))
-        buckets[(*counters, group.params[i].device, group.params[i].dtype)].append(i)
+        counters = tuple((k, _known(group, state[k])) for k in sorted(state) if k in _COUNTERS)
+        param = group.params[i]
+        buckets[(*counters, *sorted(state), param.device, param.dtype)].append(i)
     return list(buckets.values())
+
+
+def _known(group: GroupUpdate, counter: Any) -> float | None:
+    """The counter's value; None where reading would wait for the device and need not."""
+    if group.is_adam and isinstance(counter, Tensor) and counter.device.type != "cpu":
+        return None
+    return float(counter)
 
 
 def _linear_vjp(
     group: GroupUpdate, indices: list[int], cotangents: Slots, through: bool
 ) -> Slots:
-    """The product where every element has the same constant Jacobian, read off a single number."""
-    one = torch.ones((), dtype=torch.float64)
-    inputs = {"param": one.clone().requires_grad_(), "grad": one.clone().requires_grad_()}
-    state_keys = list(group.states[indices[0]])
-    inputs.update({k: one.clone().requires_grad_() for k in state_keys})
-    state = {k: inputs[k] for k in state_keys}
-    (param,), (new_state,) = differentiable_step(
-        group.kind, group.options, [inputs["param"]], [inputs["grad"]], [state]
+    """The product where every element has the same constant Jacobian."""
+
+    def given(slot: str) -> list[Tensor] | None:
+        by_name = cotangents.get(slot, {})
+        held = [by_name.get(group.names[i]) for i in indices]
+        if all(cotangent is None for cotangent in held):
+            return None
+        like = [group.params[i] for i in indices]
+        return [torch.zeros_like(p) if c is None else c for p, c in zip(like, held, strict=True)]
+
+    by_param, by_buffer = given("param"), given("momentum_buffer")
+    if by_param is None and by_buffer is None:
+        return {}
+    product = sgd_product(
+        group.options,
+        by_param,
+        by_buffer,
+        warm=bool(group.states[indices[0]]),
+        in_place=not through,
     )
-    result: Slots = defaultdict(dict)
-    for out, value in {"param": param, **new_state}.items():
-        incoming = cotangents.get(out)
-        if not incoming or not value.requires_grad:
-            continue
-        wanted = list(inputs) if through else ["grad"]
-        partials = torch.autograd.grad(
-            value, [inputs[k] for k in wanted], retain_graph=True, allow_unused=True
-        )
-        for slot, partial in zip(wanted, partials, strict=True):
-            if partial is None or partial == 0:
-                continue
-            for i in indices:
-                name = group.names[i]
-                if (given := incoming.get(name)) is None:
-                    continue
-                factor = partial.item()
-                term = given * factor if through else given.mul_(factor)
-                held = result[slot].get(name)
-                result[slot][name] = term if held is None else held.add_(term)
-    return result
+    names = [group.names[i] for i in indices]
+    return {slot: dict(zip(names, tensors, strict=True)) for slot, tensors in product.items()}
 
 
 def _elementwise_vjp(
     group: GroupUpdate, indices: list[int], cotangents: Slots, through: bool
 ) -> Slots:
-    """The product through torch's update, over flat chunks of parameters."""
-    first = group.states[indices[0]]
-    counters = {k: v for k, v in first.items() if k in _COUNTERS}
-    vectors = [k for k in first if k not in _COUNTERS]
+    """The product where every element has a Jacobian of its own, over flat chunks of parameters."""
+    vectors = [k for k in group.states[indices[0]] if k not in _COUNTERS]
     wanted = ["grad", "param", *vectors] if through else ["grad"]
+    product = _adam_vjp if group.is_adam else _autograd_vjp
+    result: Slots = {slot: {} for slot in wanted}
+    sizes = [group.params[i].numel() for i in indices]
+    for chunk in _chunks(indices, sizes, _chunk_size(group.params[indices[0]].device)):
 
-    def room(name: str, param: Tensor) -> Tensor:
-        used_up = None if through else cotangents.get("param", {}).get(name)
-        if used_up is not None and used_up.is_contiguous():
-            return used_up.view(-1)
-        return param.new_empty(param.numel())
-
-    result: Slots = {
-        slot: {group.names[i]: room(group.names[i], group.params[i]) for i in indices}
-        for slot in wanted
-    }
-    for chunk in _chunks(indices, [group.params[i].numel() for i in indices]):
-
-        def flat(tensors: Mapping[int, Tensor | None]) -> Tensor:
+        def flat(tensors: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> Tensor:
             parts = []
             for i, part in chunk:
                 tensor = tensors[i]
@@ -369,43 +366,93 @@ def _elementwise_vjp(
                 parts.append(tensor.reshape(-1)[part])
             return torch.cat(parts)
 
-        inputs = {
-            "param": flat(dict(enumerate(group.params))).requires_grad_(through),
-            "grad": flat(dict(enumerate(group.grads))).requires_grad_(),
-        }
-        for key in vectors:
-            held = {i: state.get(key) for i, state in enumerate(group.states)}
-            inputs[key] = flat(held).requires_grad_(through)
-        state = {**counters, **{k: inputs[k] for k in vectors}}
-        (param,), (new_state,) = differentiable_step(
-            group.kind, group.options, [inputs["param"]], [inputs["grad"]], [state]
-        )
-        outputs, incoming = [], []
-        for out, value in {"param": param, **new_state}.items():
-            given = cotangents.get(out)
-            if given and isinstance(value, Tensor) and value.requires_grad:
-                outputs.append(value)
-                incoming.append(flat({i: given.get(group.names[i]) for i in indices}))
-        products = torch.autograd.grad(
-            outputs, [inputs[k] for k in wanted], incoming, allow_unused=True
-        )
-        for slot, product in zip(wanted, products, strict=True):
-            if product is None:
-                product = torch.zeros_like(inputs[slot])
-            pieces = product.split([part.stop - part.start for _, part in chunk])
+        inputs = {"param": flat(group.params), "grad": flat(group.grads)}
+        inputs.update((key, flat([state.get(key) for state in group.states])) for key in vectors)
+        incoming = {}
+        for out, given in cotangents.items():
+            own = {i: given.get(group.names[i]) for i, _ in chunk}
+            if any(cotangent is not None for cotangent in own.values()):
+                incoming[out] = flat(own)
+        found = product(group, chunk, inputs, incoming, wanted)
+        for slot in wanted:
+            moved = found[slot].to(inputs["param"].dtype)
+            pieces = moved.split([part.stop - part.start for _, part in chunk])
             for (i, part), piece in zip(chunk, pieces, strict=True):
-                result[slot][group.names[i]][part] = piece
-    shapes = {group.names[i]: group.params[i].shape for i in indices}
-    return {
-        slot: {name: flat.view(shapes[name]) for name, flat in by_name.items()}
-        for slot, by_name in result.items()
-    }
+                name, param = group.names[i], group.params[i]
+                if len(piece) == param.numel():
+                    result[slot][name] = piece.view(param.shape)
+                else:
+                    whole = result[slot].setdefault(name, param.new_empty(param.shape))
+                    whole.view(-1)[part] = piece
+        for i, part in () if through else chunk:
+            if part.stop == group.params[i].numel():
+                for by_name in cotangents.values():
+                    by_name.pop(group.names[i], None)
+    return result
 
 
-def _chunks(indices: list[int], sizes: list[int]) -> Iterator[list[tuple[int, slice]]]:
+Chunk = list[tuple[int, slice]]
+
+
+def _autograd_vjp(
+    group: GroupUpdate,
+    chunk: Chunk,
+    inputs: dict[str, Tensor],
+    incoming: dict[str, Tensor],
+    wanted: list[str],
+) -> dict[str, Tensor]:
+    """Through torch's own update."""
+    first = group.states[chunk[0][0]]
+    for slot in wanted:
+        inputs[slot].requires_grad_()
+    state = {k: v if k in _COUNTERS else inputs[k] for k, v in first.items()}
+    (param,), (new_state,) = differentiable_step(
+        group.kind, group.options, [inputs["param"]], [inputs["grad"]], [state]
+    )
+    outputs = {"param": param, **new_state}
+    outs = [out for out in incoming if out in outputs and outputs[out].requires_grad]
+    products = torch.autograd.grad(
+        [outputs[out] for out in outs],
+        [inputs[slot] for slot in wanted],
+        [incoming[out] for out in outs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(wanted, products, strict=True))
+
+
+def _adam_vjp(
+    group: GroupUpdate,
+    chunk: Chunk,
+    inputs: dict[str, Tensor],
+    incoming: dict[str, Tensor],
+    wanted: list[str],
+) -> dict[str, Tensor]:
+    """Written out."""
+    exact = _exact(inputs["param"].device)
+    inputs = {slot: tensor.to(exact) for slot, tensor in inputs.items()}
+    inputs["grad"] = _off_the_kink(inputs["grad"])
+    step: float | Tensor = 1.0
+    if state := group.states[chunk[0][0]]:
+        if _known(group, state["step"]) is None:
+            counters = [group.states[i]["step"].expand(p.stop - p.start) for i, p in chunk]
+            step = torch.cat(counters).to(exact) + 1
+        else:
+            step = float(state["step"]) + 1
+    incoming = {slot: tensor.to(exact) for slot, tensor in incoming.items()}
+    decoupled = group.kind is torch.optim.AdamW or group.options.get("decoupled_weight_decay")
+    return adam_product(group.options, bool(decoupled), step, inputs, incoming)
+
+
+def _chunk_size(device: torch.device) -> int:
+    """Elements whose update is computed at a time: few enough for the cache, or for memory."""
+    return 2**17 if device.type == "cpu" else 2**23
+
+
+def _chunks(indices: list[int], sizes: list[int], most: int) -> Iterator[Chunk]:
     """Cuts parameters into lists of (index, slice of the flat parameter) of bounded size."""
-    chunk: list[tuple[int, slice]] = []
-    room = _CHUNK
+    chunk: Chunk = []
+    room = most
     for index, size in zip(indices, sizes, strict=True):
         start = 0
         while start < size:
@@ -415,6 +462,6 @@ def _chunks(indices: list[int], sizes: list[int]) -> Iterator[list[tuple[int, sl
             start = stop
             if room == 0:
                 yield chunk
-                chunk, room = [], _CHUNK
+                chunk, room = [], most
     if chunk:
         yield chunk

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
-from kd_balance.inner_step import DIFFERENTIABLE, Update
+from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss, inner_step
+from kd_balance.inner_step import DIFFERENTIABLE, GroupUpdate, Update
 from tests.students import EVERY_STEP, OPTIMIZERS, Run, relative_error, two_groups
 
 
@@ -76,6 +76,53 @@ def test_gradients_of_exactly_zero_give_finite_products(name, warm):
     update = Update.of(optimizer, names)
     products = update.vjp({"param": {n: torch.ones_like(p) for n, p in update.params.items()}})
     assert all(p.isfinite().all() for p in products["grad"].values())
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.startswith(("sgd", "adam"))])
+def test_products_that_are_written_out_are_those_of_torchs_own_step(
+    name, warm, through, monkeypatch
+):
+    _, optimizer, names = stepped(name, warm)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    update = Update.of(optimizer, names)
+    generator = torch.Generator().manual_seed(0)
+
+    def product():
+        generator.manual_seed(0)
+        cotangents = {
+            slot: {n: torch.randn(p.shape, generator=generator).double() for n, p in params}
+            for slot in ("param", *(update.groups[0].states[0] if through else ()))
+            if slot != "step"
+            for params in [list(update.params.items())[slot != "param":]]  # some have none
+        }
+        return update.vjp(cotangents, through=through)
+
+    written_out = product()
+    monkeypatch.setattr(GroupUpdate, "is_linear", False)
+    monkeypatch.setattr(GroupUpdate, "is_adam", False)
+    by_autograd = product()
+    assert written_out.keys() == by_autograd.keys()
+    for slot in written_out:
+        assert written_out[slot].keys() == by_autograd[slot].keys()
+        pairs = [(written_out[slot][n], by_autograd[slot][n]) for n in by_autograd[slot]]
+        assert relative_error(*zip(*pairs)) < (1e-12 if warm else 1e-9)
+
+
+def test_adams_counters_on_a_device_are_read_element_by_element(monkeypatch):
+    _, optimizer, names = stepped("adamw", True)
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] += 5  # it was thawed earlier
+    update = Update.of(optimizer, names)
+
+    def product():
+        return update.vjp({"param": {n: torch.ones_like(p) for n, p in update.params.items()}})
+
+    expected = product()["grad"]
+    monkeypatch.setattr(inner_step, "_known", lambda group, counter: None)
+    actual = product()["grad"]
+    assert relative_error([actual[n] for n in expected], list(expected.values())) < 1e-14
 
 
 def test_all_promised_optimizers_are_tried():

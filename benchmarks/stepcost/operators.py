@@ -25,11 +25,14 @@ class _Count(TorchDispatchMode):
 
 
 _FREE = {
+    "aten::_efficientzerotensor",
+    "aten::_has_same_storage_numel",
     "aten::_unsafe_view",
     "aten::detach",
     "aten::empty",
     "aten::empty_like",
     "aten::empty_strided",
+    "aten::is_same_size",
     "aten::new_empty",
 }
 
