@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_balance.data import class_counts, long_tail_indices, split_balanced
+from longtail.digits import coloured, load_digits
 from longtail.images import load_images
 from longtail.protocol import Protocol
 from longtail.snippets import load_snippets
@@ -71,6 +72,8 @@ class Task:
             test, _ = split_balanced(raw.test_targets, protocol.test_per_class, seed)
         pool = torch.cat((train, meta))
 
+        raw = _with_colours(raw, protocol, train)
+
         self.device = device
         self.temperature = protocol.temperature
         labels = mislabel(raw.targets[train], protocol.label_noise, seed)
@@ -96,8 +99,11 @@ def load_raw(dataset: str, path: Path | None) -> Raw:
     """A data set by name; images come from `path`."""
     if dataset == "snippets":
         return Raw(*map(torch.from_numpy, load_snippets()))
+    if dataset == "digits":
+        return Raw(*map(torch.from_numpy, load_digits()))
     if dataset not in ("cifar10", "cifar100"):
-        raise ValueError(f"dataset {dataset!r} is unknown, expected cifar10, cifar100 or snippets.")
+        raise ValueError(f"dataset {dataset!r} is unknown, expected cifar10, cifar100, snippets "
+            "or digits.")
     if path is None:
         raise ValueError(
             f"{dataset} needs --data, the directory with the CIFAR python folders or an .npz."
@@ -115,6 +121,17 @@ def mislabel(targets: Tensor, share: float, seed: int) -> Tensor:
     labels = targets.clone()
     labels[wrong] += torch.randint(1, classes, (len(wrong),), generator=generator)
     return labels % classes
+
+
+def _with_colours(raw: Raw, protocol: Protocol, train: Tensor) -> Raw:
+    """The features with those of a colour, which goes with the class in the training set alone."""
+    if protocol.colour is None:
+        return raw
+    seed = protocol.split_seed
+    inputs = coloured(raw.inputs, raw.targets, 0.0, seed)
+    inputs[train] = coloured(raw.inputs[train], raw.targets[train], protocol.colour, seed + 1)
+    test_inputs = coloured(raw.test_inputs, raw.test_targets, 0.0, seed + 2)
+    return raw._replace(inputs=inputs, test_inputs=test_inputs)
 
 
 def frequency_thirds(counts: Tensor) -> dict[str, list[int]]:

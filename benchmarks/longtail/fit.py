@@ -75,14 +75,12 @@ def fit(
     """
     task, protocol, seed = method.task, method.protocol, method.seed
     model.to(machine.device, memory_format=torch.channels_last)
-    sgd = torch.optim.SGD(
-        model.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay
-    )
-    optimizer: torch.optim.Optimizer = sgd
+    plain = _optimizer(model, protocol)
+    optimizer = plain
     samples = method.samples()
     # The last, smaller batch is left out: all batches alike, and each epoch leaves out others.
     steps = len(samples) // protocol.batch_size
-    scheduler = _schedule(sgd, protocol, epochs, steps)
+    scheduler = _schedule(plain, protocol, epochs, steps)
     if method.debiases and teacher_logits is not None:
         on_meta = teacher_logits[:, task.meta].flatten(0, 1)
         targets = task.targets[task.meta].repeat(len(teacher_logits))
@@ -100,20 +98,20 @@ def fit(
     if saved:
         progress = saved["progress"]
         if progress.epoch > switch:
-            optimizer = method.wrap(sgd, model, meta)
+            optimizer = method.wrap(plain, model, meta)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
         advance(progress.epoch / epochs, found=True)
     if progress.epoch == 0 and switch == 0:
-        optimizer = method.wrap(sgd, model, meta)
-    has_meta_steps = optimizer is not sgd or switch > 0
+        optimizer = method.wrap(plain, model, meta)
+    has_meta_steps = optimizer is not plain or switch > 0
     student = torch.compile(model) if machine.compile and not has_meta_steps else model
 
     last_save = time.monotonic()
     for epoch in range(progress.epoch, epochs):
         if epoch == switch and epoch > 0:
-            optimizer = method.wrap(sgd, model, meta)
+            optimizer = method.wrap(plain, model, meta)
         clock, cpu_clock = time.monotonic(), time.process_time()
         model.train()
         view = order_of_views[epoch % protocol.views].to(machine.device)
@@ -165,6 +163,15 @@ def _permutation(n: int, *seeds: int) -> Tensor:
     for seed in seeds:
         mixed = mixed * 1_000_003 + seed
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
+
+
+def _optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.Optimizer:
+    lr, decay = protocol.lr, protocol.weight_decay
+    if protocol.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr, protocol.momentum, weight_decay=decay)
+    if protocol.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr, weight_decay=decay)
+    raise ValueError(f"optimizer {protocol.optimizer!r} is unknown, expected sgd or adamw.")
 
 
 def _schedule(

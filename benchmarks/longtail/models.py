@@ -166,6 +166,8 @@ MODELS = {
     "wrn_40_2": lambda classes: WideResNet(40, 2, classes),
     "mlp_small": lambda classes: MLP((512, 24), classes),
     "mlp_large": lambda classes: MLP((512, 256, 256), classes),
+    "mlp_digits": lambda classes: MLP((74, 32), classes),
+    "mlp_digits_large": lambda classes: MLP((74, 128, 128), classes),
 }
 """Constructors by name; each takes the number of classes."""
 

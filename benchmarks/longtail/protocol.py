@@ -17,7 +17,7 @@ class Protocol:
     """The settings, read from a file under ``protocols/``.
 
     Attributes:
-        dataset: "cifar10", "cifar100" or "snippets".
+        dataset: "cifar10", "cifar100", "snippets" or "digits".
         imbalance: training samples of the first class over those of the last.
         head: training samples of the first class; None takes as many as there are.
         meta_per_class: samples a class of the balanced meta set, taken out of the training images
@@ -26,12 +26,15 @@ class Protocol:
         test_per_class: test samples a class; None takes all.
         label_noise: share of the training samples that bear another class's label, drawn
             uniformly. The labels of the meta, validation and test samples are right.
+        colour: share of the training samples that have the colour of their class (digits); None
+            for samples without colours.
         teacher_sees_meta: whether the meta set is in the teacher's training set too, as where it is
             cut out of the training set when the teacher is there already.
         teacher_amp: bfloat16 autocast for the teacher, in training and for its logits.
         views: how many augmented views of each training sample there are. Every method sees the
             same ones, so a teacher's logits are computed once.
         split_seed: decides the sets and the views, for all seeds alike.
+        optimizer: of students and teachers, "sgd" or "adamw", which takes no momentum.
         schedule: "one-cycle", or "step" with the rate times 0.1 at each of `milestones`.
         plan: (teacher, methods) in the order in which they are run.
     """
@@ -48,10 +51,12 @@ class Protocol:
     label_noise: float = 0.0
     epochs: int = 40
     teacher_epochs: int = 40
+    colour: float | None = None
     teacher_sees_meta: bool = False
     teacher_amp: bool = False
     batch_size: int = 100
     meta_batch_size: int = 100
+    optimizer: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4

@@ -8,7 +8,7 @@ from typing import Any
 
 from longtail.data import Task
 from longtail.methods.base import Method
-from longtail.methods.bikd import BiKD
+from longtail.methods.bikd import BiKD, PlainTwoLines, TwoLines
 from longtail.methods.distillation import (
     DKD,
     KD,
@@ -46,6 +46,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "wsl": WeightedSoftLabels,
     "bd-kd": BalancedDivergences,
     "ltkd": LongTailedKD,
+    "bikd": TwoLines,
+    "bikd-plain": PlainTwoLines,
 }
 for _method in ("online", "lookahead", "paper"):
     for _prefix, _losses in (("", {}), ("bs+", {"hard": "bs"}), ("dkd+", {"soft": "dkd"})):

@@ -20,6 +20,37 @@ from longtail.methods.base import Method
 from longtail.protocol import Protocol
 
 
+class TwoLines(Method):
+    """The README's two lines for a long tail, without an option; the meta set trains too."""
+
+    meta_copies = 1
+    derived = ("tuned-adjustment",)
+
+    def __init__(self, task: Task, protocol: Protocol, seed: int) -> None:
+        super().__init__(task, protocol, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.criterion = self._criterion()
+
+    def _criterion(self) -> WeightedKDLoss:
+        return WeightedKDLoss.long_tailed(self.counts, temperature=self.protocol.temperature)
+
+    def loss(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, progress: float
+    ) -> Tensor:
+        return self.criterion(student_logits, teacher_logits, targets)
+
+    def wrap(self, optimizer: Optimizer, student: nn.Module, meta: MetaBatches) -> Optimizer:
+        return BilevelOptimizer(optimizer, student, self.criterion, meta, teacher=meta.teacher)
+
+
+class PlainTwoLines(TwoLines):
+    """The same where the class counts are not given."""
+
+    def _criterion(self) -> WeightedKDLoss:
+        return WeightedKDLoss(MetaWeightNet(), temperature=self.protocol.temperature)
+
+
 class BiKD(Method):
     """Nguyen, Phan, Ta, "Balancing Knowledge Distillation for Imbalance Learning with Bilevel
     Optimization", arXiv 2605.17839, by this package's optimizer.
@@ -181,5 +212,5 @@ class _Bounded(MetaWeightNet):
         self._low = low
         self._high = high
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self._low + (self._high - self._low) * super().forward(features)
+    def forward(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+        return self._low + (self._high - self._low) * super().forward(features, kept)
