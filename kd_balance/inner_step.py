@@ -44,6 +44,7 @@ DIFFERENTIABLE: tuple[type[Optimizer], ...] = (
 _IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
 _COUNTERS = {"step", "mu_product"}  # state that is one number a parameter
 _WITHOUT_FLOAT64 = {"mps"}  # types of devices
+_CANCELLING = 100  # steps of Adam whose derivative is a difference of nearly equal terms
 
 
 def is_differentiable(optimizer: Optimizer) -> bool:
@@ -305,16 +306,17 @@ class InnerStep:
 def _alike(group: GroupUpdate) -> list[list[int]]:
     """Indices of the parameters whose updates are one and the same elementwise function."""
     buckets: dict[Any, list[int]] = defaultdict(list)
+    is_adam = group.is_adam
     for i, state in enumerate(group.states):
-        counters = tuple((k, _known(group, state[k])) for k in sorted(state) if k in _COUNTERS)
+        counters = tuple((k, _known(is_adam, state[k])) for k in sorted(state) if k in _COUNTERS)
         param = group.params[i]
         buckets[(*counters, *sorted(state), param.device, param.dtype)].append(i)
     return list(buckets.values())
 
 
-def _known(group: GroupUpdate, counter: Any) -> float | None:
+def _known(is_adam: bool, counter: Any) -> float | None:
     """The counter's value; None where reading would wait for the device and need not."""
-    if group.is_adam and isinstance(counter, Tensor) and counter.device.type != "cpu":
+    if is_adam and isinstance(counter, Tensor) and counter.device.type != "cpu":
         return None
     return float(counter)
 
@@ -354,44 +356,46 @@ def _elementwise_vjp(
     wanted = ["grad", "param", *vectors] if through else ["grad"]
     product = _adam_vjp if group.is_adam else _autograd_vjp
     result: Slots = {slot: {} for slot in wanted}
-    sizes = [group.params[i].numel() for i in indices]
-    for chunk in _chunks(indices, sizes, _chunk_size(group.params[indices[0]].device)):
-
-        def flat(tensors: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> Tensor:
-            parts = []
-            for i, part in chunk:
-                tensor = tensors[i]
-                if tensor is None:
-                    tensor = torch.zeros_like(group.params[i])
-                parts.append(tensor.reshape(-1)[part])
-            return torch.cat(parts)
-
-        inputs = {"param": flat(group.params), "grad": flat(group.grads)}
-        inputs.update((key, flat([state.get(key) for state in group.states])) for key in vectors)
-        incoming = {}
-        for out, given in cotangents.items():
-            own = {i: given.get(group.names[i]) for i, _ in chunk}
-            if any(cotangent is not None for cotangent in own.values()):
-                incoming[out] = flat(own)
-        found = product(group, chunk, inputs, incoming, wanted)
+    params = {i: group.params[i] for i in indices}
+    inputs = {"param": _flat(params), "grad": _flat({i: group.grads[i] for i in indices})}
+    inputs.update((k, _flat({i: group.states[i][k] for i in indices})) for k in vectors)
+    incoming = {}
+    for out, by_name in cotangents.items():
+        given = {i: by_name.get(group.names[i]) for i in indices}
+        if any(cotangent is not None for cotangent in given.values()):
+            incoming[out] = _flat(
+                {i: torch.zeros_like(params[i]) if c is None else c for i, c in given.items()}
+            )
+    sizes = [param.numel() for param in params.values()]
+    for chunk in _chunks(indices, sizes, _chunk_size(params[indices[0]].device)):
+        parts = {slot: _joined(chunk, tensors) for slot, tensors in inputs.items()}
+        given_parts = {out: _joined(chunk, tensors) for out, tensors in incoming.items()}
+        found = product(group, chunk, parts, given_parts, wanted)
         for slot in wanted:
-            moved = found[slot].to(inputs["param"].dtype)
+            moved = found[slot].to(params[indices[0]].dtype)
             pieces = moved.split([part.stop - part.start for _, part in chunk])
             for (i, part), piece in zip(chunk, pieces, strict=True):
-                name, param = group.names[i], group.params[i]
+                name, param = group.names[i], params[i]
                 if len(piece) == param.numel():
                     result[slot][name] = piece.view(param.shape)
                 else:
                     whole = result[slot].setdefault(name, param.new_empty(param.shape))
                     whole.view(-1)[part] = piece
-        for i, part in () if through else chunk:
-            if part.stop == group.params[i].numel():
-                for by_name in cotangents.values():
-                    by_name.pop(group.names[i], None)
     return result
 
 
 Chunk = list[tuple[int, slice]]
+
+
+def _flat(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    return {i: tensor.reshape(-1) for i, tensor in tensors.items()}
+
+
+def _joined(chunk: Chunk, tensors: Mapping[int, Tensor]) -> Tensor:
+    return torch.cat([
+        tensors[i] if part.stop - part.start == len(tensors[i]) else tensors[i][part]
+        for i, part in chunk
+    ])
 
 
 def _autograd_vjp(
@@ -430,15 +434,16 @@ def _adam_vjp(
 ) -> dict[str, Tensor]:
     """Written out."""
     exact = _exact(inputs["param"].device)
-    inputs = {slot: tensor.to(exact) for slot, tensor in inputs.items()}
-    inputs["grad"] = _off_the_kink(inputs["grad"])
     step: float | Tensor = 1.0
     if state := group.states[chunk[0][0]]:
-        if _known(group, state["step"]) is None:
+        if _known(True, state["step"]) is None:
             counters = [group.states[i]["step"].expand(p.stop - p.start) for i, p in chunk]
             step = torch.cat(counters).to(exact) + 1
         else:
             step = float(state["step"]) + 1
+            exact = exact if step <= _CANCELLING else inputs["param"].dtype
+    inputs = {slot: tensor.to(exact) for slot, tensor in inputs.items()}
+    inputs["grad"] = _off_the_kink(inputs["grad"])
     incoming = {slot: tensor.to(exact) for slot, tensor in incoming.items()}
     decoupled = group.kind is torch.optim.AdamW or group.options.get("decoupled_weight_decay")
     return adam_product(group.options, bool(decoupled), step, inputs, incoming)
@@ -446,7 +451,7 @@ def _adam_vjp(
 
 def _chunk_size(device: torch.device) -> int:
     """Elements whose update is computed at a time: few enough for the cache, or for memory."""
-    return 2**17 if device.type == "cpu" else 2**23
+    return 2**15 if device.type == "cpu" else 2**23
 
 
 def _chunks(indices: list[int], sizes: list[int], most: int) -> Iterator[Chunk]:

@@ -97,7 +97,7 @@ def adam_product(
         decoupled: whether weight decay is, as in AdamW.
         step: t, the number of this step, or that of every element.
         inputs: "param", "grad" and, of a warm optimizer, "exp_avg" and "exp_avg_sq" before the
-            step, in float64 where the device has it: for small t two nearly equal terms cancel.
+            step, in float64 where t is small: two nearly equal terms cancel then.
         incoming: the cotangents of "param", "exp_avg" and "exp_avg_sq" after the step; those
             missing are zero.
 

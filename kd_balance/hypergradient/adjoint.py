@@ -6,8 +6,9 @@ a mean times whatever factor the user put on the criterion's result. With v = �
     dL_meta/dw_ik = c_i ⟨λ, ∇ℓ_ik(θ)⟩,     λ = (∂U/∂g)ᵀ v,
 
 and all the products ⟨λ, ∇ℓ_ik⟩ are the tangents of one forward pass at θ in direction λ. Going back
-over several steps, the cotangents also pass U's other Jacobians and a Hessian-vector product, which
-the same pass gives when a backward pass runs inside it (forward over reverse).
+over several steps, the cotangents also pass U's other Jacobians and a Hessian-vector product. The
+same pass gives it when a backward pass runs inside it (forward over reverse), which costs least
+with batch norm and our own rule for it; elsewhere double backward does.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Adjoint:
 
     def __init__(self) -> None:
         self._forward_mode_works = True
+        self._double_backward_works = True
 
     def __call__(
         self,
@@ -46,10 +48,10 @@ class Adjoint:
             meta_loss: of the student's parameters by name.
             after: the parameters that the steps moved, by name, after the last one.
         """
-        loss, gradients = _value_and_gradients(meta_loss, after)
+        cotangents: Slots = {}
+        loss, cotangents["param"] = _value_and_gradients(meta_loss, after)
         phi = criterion.phi
         hypergradient = [torch.zeros_like(p) for p in phi]
-        cotangents: Slots = {"param": gradients}
         params = dict(after)
         for step in reversed(steps):
             is_first = step is steps[0]
@@ -80,6 +82,11 @@ class Adjoint:
         with_curvature: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """[N, 2] dL_meta/dw of a call, and the Hessian of its loss times `direction`."""
+        if with_curvature and self._double_backward_works and not call.student_call.normalises:
+            try:
+                return _double_backward(criterion, call, params, direction, with_curvature)
+            except RuntimeError:  # an operator without second derivative, most likely
+                self._double_backward_works = False
         if self._forward_mode_works:
             try:
                 return _forward_mode(criterion, call, params, direction, with_curvature)

@@ -13,6 +13,10 @@ hypergradient by 1e-4.
 
 Linear layers, ẏ = x ẇᵀ + ḃ + ẋ wᵀ: the last product is added in place.
 
+Attention without mask and dropout: torch's own, with its scale multiplied into primal and tangent.
+In a product of the dual tensor it would be an operand without tangent, which torch goes through
+Python for.
+
 Convolution on a CPU: of ẏ = conv(x, ẇ) + conv(ẋ, w) the second term is added in slices of the
 batch that stay in the cache, and no second activation is held.
 
@@ -35,7 +39,8 @@ _ADDED = 2**12  # float32 numbers that may be added up one by one
 
 
 class FusedRules:
-    """Within it, batch norms, linear layers, 2d convolutions and dropout take these rules.
+    """Within it, batch norms, linear layers, 2d convolutions, dropout and attention
+    take these rules.
 
     They leave running statistics alone: they are for replays. For that time they stand in
     torch.nn.functional in the place of torch's own, to which they leave the calls of other threads.
@@ -352,11 +357,34 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if not _drops_by_product(query, dropout_p):
-        more = {"scale": scale, "enable_gqa": enable_gqa}
-        return _torchs["scaled_dot_product_attention"](
-            query, key, value, attn_mask, dropout_p, is_causal, **more
+    if _drops_by_product(query, dropout_p):
+        return _dropped_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
+    rules = _thread.rules
+    plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa)
+    if rules is not None and rules.tangents and plain and not torch.is_grad_enabled():
+        q, dq = _unpacked(query)
+        if dq is not None:
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            query = fwAD.make_dual(q * scale, dq * scale)
+            return (query @ key.transpose(-2, -1)).softmax(-1) @ value
+    more = {"scale": scale, "enable_gqa": enable_gqa}
+    return _torchs["scaled_dot_product_attention"](
+        query, key, value, attn_mask, dropout_p, is_causal, **more
+    )
+
+
+def _dropped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
     kind = query.device.type
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     exact = torch.float32 if low in (torch.half, torch.bfloat16) else low  # of the plain kernel

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
@@ -90,6 +91,12 @@ class StudentCall:
     @property
     def device(self) -> torch.device:
         return self.random_state.device
+
+    @property
+    def normalises(self) -> bool:
+        """Whether batch norms compute the batch's own statistics."""
+        pairs = zip(self.structure.modules, self.training, strict=True)
+        return any(training and isinstance(module, _BatchNorm) for module, training in pairs)
 
     @property
     def precision(self) -> torch.dtype:
