@@ -125,9 +125,14 @@ class GradientWatch:
         unwritten = all(self._seen[p] == _identity(p) for p in params)
         if unwritten and self._trusts_versions:
             return None
+        found = _statistics(params)
+        if loss_scale == 1 and found.shape == self._statistics.shape:
+            if found.equal(self._statistics):  # the same numbers, summed up the same way
+                self._trusts_versions = params[0].device.type != "cpu"
+                return None
         order = {p: i for i, p in enumerate(self._seen)}
         before = (self._statistics / loss_scale)[[order[p] for p in params]].tolist()
-        after = _statistics(params).tolist()
+        after = found.tolist()
         tolerance = _TOLERANCE.get(params[0].dtype, 1e-2)
 
         def equal(a: float, b: float) -> bool:

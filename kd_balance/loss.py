@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -415,5 +416,7 @@ def _feature_names(weight_net: nn.Module) -> Sequence:
     return features if isinstance(features, (tuple, list)) else DEFAULT_FEATURES
 
 
-def _without_autocast(device: torch.device) -> torch.autocast:
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -20,7 +20,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from kd_balance.replay.fused_rules import FusedRules
+from kd_balance.replay.fused_rules import FusedRules, make_dual
 from kd_balance.inner_step import InnerStep, Slots
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
@@ -127,7 +127,7 @@ def _forward_mode(
         for name, param in params.items():
             param = param.detach().requires_grad_(with_curvature)
             tangent = direction.get(name)
-            duals[name] = param if tangent is None else fwAD.make_dual(param, tangent)
+            duals[name] = param if tangent is None else make_dual(param, tangent)
         with FusedRules(tangents=True):
             dual_logits = call.logits(duals)
         logits, tangent = fwAD.unpack_dual(dual_logits)
@@ -140,7 +140,7 @@ def _forward_mode(
             gradients = torch.autograd.grad(
                 dual_logits,
                 list(duals.values()),
-                fwAD.make_dual(gradient, gradient_tangent),
+                make_dual(gradient, gradient_tangent),
                 allow_unused=True,
             )
             for name, gradient in zip(duals, gradients, strict=True):

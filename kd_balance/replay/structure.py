@@ -21,16 +21,24 @@ class Structure:
 
     def __init__(self, student: nn.Module) -> None:
         self.student = student
+        self._held = 0
         self._walk()
 
     def refresh(self) -> None:
         """Walks again if layers, parameters or buffers were added, removed or replaced."""
-        if self._seen != [_identities(module) for module in self.modules]:
+        if not self._held and self._seen != self._content():
             self._walk()
+
+    def _content(self) -> list[Any]:
+        names = [name for held in self._dictionaries for name in held]
+        return names + [id(value) for held in self._dictionaries for value in held.values()]
 
     def _walk(self) -> None:
         self.modules = list(self.student.modules())
-        self._seen = [_identities(module) for module in self.modules]
+        self._dictionaries = [
+            held for m in self.modules for held in (m._modules, m._parameters, m._buffers)
+        ]
+        self._seen = self._content()
         self.parameters: dict[Tensor, str] = {p: n for n, p in self.student.named_parameters()}
         """The name of every parameter, which is the first of several."""
         self.buffers: dict[Tensor, str] = {b: n for n, b in self.student.named_buffers()}
@@ -67,6 +75,7 @@ class Structure:
             for module in self.modules
             for held in (vars(module), module._parameters, module._buffers)
         ]
+        self._held += 1
         try:
             for module, flag in zip(self.modules, training, strict=True):
                 vars(module)["training"] = flag
@@ -75,17 +84,9 @@ class Structure:
                     held[key] = tensors[name]
             yield
         finally:
+            self._held -= 1
             for held, values in before:
                 held.update(values)
                 if len(held) > len(values):
                     for key in held.keys() - values.keys():
                         del held[key]
-
-
-def _identities(module: nn.Module) -> list[Any]:
-    children, parameters, buffers = module._modules, module._parameters, module._buffers
-    return [
-        *children, *map(id, children.values()),
-        *parameters, *map(id, parameters.values()),
-        *buffers, *map(id, buffers.values()),
-    ]
