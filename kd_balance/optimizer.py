@@ -22,7 +22,7 @@ from kd_balance.record import CriterionCall, Recorder
 from kd_balance.replay import Structure, replayable
 
 METHODS = ("online", "lookahead", "paper")
-UNROLL, EVERY = 4, 32  # a window: fewer steps of it gain less, more windows gain nothing
+UNROLL, EVERY = 4, 64  # a window: fewer steps of it gain less, more windows gain nothing
 _FIRST = 10  # windows that tell where the meta loss began
 _RATE = 1e-3  # of φ's Adam, for windows of up to UNROLL steps
 

@@ -243,14 +243,14 @@ def test_where_the_meta_loss_began_is_the_mean_of_ten_windows():
 @pytest.mark.parametrize(
     "given, unroll, every, rate",
     [
-        ({}, 4, 32, 8e-3),
-        ({"method": "lookahead"}, 4, 32, 8e-3),
+        ({}, 4, 64, 1.6e-2),
+        ({"method": "lookahead"}, 4, 64, 1.6e-2),
         ({"method": "paper"}, 1, 1, 1e-3),
         ({"method": "paper", "every": 8}, 1, 8, 2e-3),
         ({"every": 3}, 3, 3, 1e-3),
         ({"every": 16}, 4, 16, 4e-3),
-        ({"unroll": 1}, 1, 32, 8e-3),
-        ({"unroll": 40}, 40, 40, 1e-2),
+        ({"unroll": 1}, 1, 64, 1.6e-2),
+        ({"unroll": 80}, 80, 80, 2e-2),
         ({"every": 1, "unroll": 1}, 1, 1, 1e-3),
     ],
 )

@@ -102,8 +102,9 @@ def load_raw(dataset: str, path: Path | None) -> Raw:
     if dataset == "digits":
         return Raw(*map(torch.from_numpy, load_digits()))
     if dataset not in ("cifar10", "cifar100"):
-        raise ValueError(f"dataset {dataset!r} is unknown, expected cifar10, cifar100, snippets "
-            "or digits.")
+        raise ValueError(
+            f"dataset {dataset!r} is unknown, expected cifar10, cifar100, snippets or digits."
+        )
     if path is None:
         raise ValueError(
             f"{dataset} needs --data, the directory with the CIFAR python folders or an .npz."
