@@ -241,13 +241,13 @@ class Update:
                 key: value.clone() if isinstance(value, Tensor) else value
                 for key, value in group.options.items()
             }
-            group.params = [p.clone() for p in group.params]
+            group.params = _copies(group.params)
             if grads:
-                group.grads = [g.clone() for g in group.grads]
+                group.grads = _copies(group.grads)
             if states or not group.is_linear:
-                group.states = [
-                    {k: v.clone() for k, v in state.items()} for state in group.states
-                ]
+                keys = dict.fromkeys(key for state in group.states for key in state)
+                held = {k: iter(_copies([s[k] for s in group.states if k in s])) for k in keys}
+                group.states = [{k: next(held[k]) for k in state} for state in group.states]
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -301,6 +301,13 @@ class InnerStep:
 
     calls: list[CriterionCall]
     update: Update
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def _alike(group: GroupUpdate) -> list[list[int]]:
@@ -376,7 +383,7 @@ def _elementwise_vjp(
             pieces = moved.split([part.stop - part.start for _, part in chunk])
             for (i, part), piece in zip(chunk, pieces, strict=True):
                 name, param = group.names[i], params[i]
-                if len(piece) == param.numel():
+                if piece.numel() == param.numel():
                     result[slot][name] = piece.view(param.shape)
                 else:
                     whole = result[slot].setdefault(name, param.new_empty(param.shape))
@@ -393,7 +400,7 @@ def _flat(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 def _joined(chunk: Chunk, tensors: Mapping[int, Tensor]) -> Tensor:
     return torch.cat([
-        tensors[i] if part.stop - part.start == len(tensors[i]) else tensors[i][part]
+        tensors[i] if part.stop - part.start == tensors[i].numel() else tensors[i][part]
         for i, part in chunk
     ])
 
@@ -446,7 +453,8 @@ def _adam_vjp(
     inputs["grad"] = _off_the_kink(inputs["grad"])
     incoming = {slot: tensor.to(exact) for slot, tensor in incoming.items()}
     decoupled = group.kind is torch.optim.AdamW or group.options.get("decoupled_weight_decay")
-    return adam_product(group.options, bool(decoupled), step, inputs, incoming)
+    through = "param" in wanted
+    return adam_product(group.options, bool(decoupled), step, inputs, incoming, through=through)
 
 
 def _chunk_size(device: torch.device) -> int:

@@ -440,13 +440,16 @@ class BilevelOptimizer(Optimizer):
         if self.method != "online":
             after.update(steps[-1].update.apply())
         loss, hypergradient = self._engine(self.criterion, steps, meta_loss, after)
-        norm = torch.stack([g.norm() for g in hypergradient]).norm()
+        norm = torch.stack(torch._foreach_norm(hypergradient)).norm()
         finite = norm.isfinite()
         if self._accumulated == 0:
             self.meta_optimizer.zero_grad()
-        share = [torch.where(finite, gradient, 0) / self.accumulate for gradient in hypergradient]
-        average = self._partial_average or [torch.zeros_like(part) for part in share]
-        self._partial_average = [a + b for a, b in zip(average, share, strict=True)]
+        share = [torch.where(finite, gradient, 0) for gradient in hypergradient]
+        if self.accumulate > 1:
+            share = list(torch._foreach_div(share, self.accumulate))
+        if self._partial_average:
+            share = list(torch._foreach_add(self._partial_average, share))
+        self._partial_average = share
         weights = torch.cat([call.weights for call in steps[-1].calls])
         self._mean_weights = weights.sum(0) / weights.any(1).sum().clamp(min=1)  # 0 where ignored
         self._meta_loss, self._hypergradient_norm = loss, norm

@@ -85,8 +85,10 @@ def adam_product(
     step: float | Tensor,
     inputs: Mapping[str, Tensor],
     incoming: Mapping[str, Tensor],
+    *,
+    through: bool,
 ) -> dict[str, Tensor]:
-    """Cotangents of the old parameters, gradients and moments, all of them flat.
+    """Cotangents of the gradients and of the old parameters and moments, all of them flat.
 
     With g̃ = ±g + decay θ (without decay if it is decoupled), m' = β1 m + (1 − β1) g̃,
     v' = β2 v + (1 − β2) g̃², the bias corrections c1 = 1 − β1ᵗ and c2 = 1 − β2ᵗ, and
@@ -100,9 +102,10 @@ def adam_product(
             step, in float64 where t is small: two nearly equal terms cancel then.
         incoming: the cotangents of "param", "exp_avg" and "exp_avg_sq" after the step; those
             missing are zero.
+        through: whether more than the gradients' are wanted.
 
     Returns:
-        Cotangents of all inputs by their names.
+        Cotangents of the inputs by their names.
     """
     (beta1, beta2), lr, decay = options["betas"], options["lr"], options["weight_decay"]
     sign = -1 if options["maximize"] else 1
@@ -124,20 +127,19 @@ def adam_product(
     if by_param is None:
         by_moment, by_square = torch.zeros_like(grad), torch.zeros_like(grad)
     else:
-        by_moment = by_param * (-lr / correction1) / below
+        by_moment = (by_param * (-lr / correction1)).div_(below)
         by_square = (by_moment * moment).div_(below.mul_(root).mul_(-2 * correction2))
     if "exp_avg" in incoming:
         by_moment.add_(incoming["exp_avg"])
     if "exp_avg_sq" in incoming:
         by_square.add_(incoming["exp_avg_sq"])
-    result = {"grad": (by_moment * (1 - beta1)).addcmul_(grad, by_square, value=2 * (1 - beta2))}
-    by_grad = result["grad"]
-    old = torch.zeros_like(grad) if by_param is None else by_param
-    if decay:
-        old = old * (1 - lr * decay) if decoupled else old.add(by_grad, alpha=decay)
-    result["param"] = old
-    if warm:
-        result |= {"exp_avg": by_moment * beta1, "exp_avg_sq": by_square * beta2}
-    if sign < 0:
-        result["grad"] = -by_grad
+    by_grad = (by_moment * (1 - beta1)).addcmul_(grad, by_square, value=2 * (1 - beta2))
+    result = {"grad": -by_grad if sign < 0 else by_grad}
+    if through:
+        old = torch.zeros_like(grad) if by_param is None else by_param
+        if decay:
+            old = old * (1 - lr * decay) if decoupled else old.add(by_grad, alpha=decay)
+        result["param"] = old
+        if warm:
+            result |= {"exp_avg": by_moment.mul_(beta1), "exp_avg_sq": by_square.mul_(beta2)}
     return result

@@ -51,7 +51,7 @@ class Adjoint:
         cotangents: Slots = {}
         loss, cotangents["param"] = _value_and_gradients(meta_loss, after)
         phi = criterion.phi
-        hypergradient = [torch.zeros_like(p) for p in phi]
+        hypergradient: list[Tensor] = []
         params = dict(after)
         for step in reversed(steps):
             is_first = step is steps[0]
@@ -65,12 +65,14 @@ class Adjoint:
                 with torch.enable_grad():
                     kept = criterion.kept(call.targets)
                     weights = criterion.weigh(call.features, weight_gradient, kept)
-                parts = torch.autograd.grad(weights, phi, weight_gradient, allow_unused=True)
-                for total, part in zip(hypergradient, parts, strict=True):
-                    if part is not None:
-                        total += part
+                parts = torch.autograd.grad(
+                    weights, phi, weight_gradient, allow_unused=True, materialize_grads=True
+                )
+                if hypergradient:  # not in place: two leaves may have been given one tensor
+                    parts = torch._foreach_add(hypergradient, parts)
+                hypergradient = list(parts)
                 _add(cotangents.setdefault("param", {}), curvature)
-        return loss, hypergradient
+        return loss, hypergradient or [torch.zeros_like(p) for p in phi]
 
     def _products(
         self,
