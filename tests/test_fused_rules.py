@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
 
+from kd_balance.replay import fused_rules
 from kd_balance.replay.fused_rules import FusedRules
 from tests.students import relative_error
 
@@ -35,7 +36,9 @@ def tangent(layer, fused, inputs, dtype=torch.float64, with_parameters=True):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), (6, 3, 4, 4), (2, 3, 2, 2, 2)])
-def test_batch_norm(shape, affine, training, with_parameters):
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_batch_norm(shape, affine, training, with_parameters, few, monkeypatch):
+    monkeypatch.setattr(fused_rules, "_few", lambda device: few)
     torch.manual_seed(0)
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     layer = kind[len(shape)](3, affine=affine).double().train(training)
