@@ -54,8 +54,9 @@ def test_narrow_networks_have_no_shortcut_where_nothing_changes():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_maps_a_batch_to_logits_and_back(name):
-    inputs = torch.randn(2, 512) if name.startswith("mlp") else torch.randn(2, 3, 32, 32)
     model = build(name, 7, seed=0)
+    width = next(model.parameters()).shape[1]
+    inputs = torch.randn(2, width) if name.startswith("mlp") else torch.randn(2, 3, 32, 32)
     logits = model(inputs)
     assert logits.shape == (2, 7)
     logits.sum().backward()

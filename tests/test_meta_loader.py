@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader
+from kd_balance.optimizer import EVERY
 from tests.habits import assert_one_sentence
 
 TARGETS = torch.arange(4).repeat_interleave(torch.tensor([9, 5, 7, 3]))[torch.randperm(24)]
@@ -160,7 +161,7 @@ def test_a_plain_loop_needs_three_lines(data):
     meta = meta_loader(train_set, per_class=3)
     optimizer = BilevelOptimizer(optimizer, student, criterion, meta, teacher=teacher)
 
-    for _ in range(11):
+    for _ in range(EVERY // 3 + 1):
         for batch in DataLoader(train_set, batch_size=8, shuffle=True):
             batch = batch if isinstance(batch, list) else (batch["input"], batch["label"])
             inputs, targets = batch[:2]
