@@ -10,6 +10,7 @@ from kd_balance.hard_losses import log_prior
 
 _LARGEST = 4.0  # of the strength, either way
 _HALVINGS = 50
+_FLAT = 1e-12  # a slope that says nothing
 
 
 def prior_bias(
@@ -17,13 +18,16 @@ def prior_bias(
 ) -> Tensor:
     """What to subtract from a teacher's logits so that it favours no class for being frequent.
 
-    The bias is τ · log(class frequency), τ being the number for which the shifted teacher's cross
-    entropy on a class-balanced set is least: about 1 for a teacher trained with cross entropy, 0
-    for one that is balanced already. So it needs no knowledge of how the teacher was trained.
+    The bias is τ · log(class frequency), and τ minimises the sum of two losses of the shifted
+    teacher on a class-balanced set: its cross entropy with the labels, and, with each sample's own
+    class left out, its cross entropy with the uniform distribution over the others. So it needs no
+    knowledge of how the teacher was trained: 1 to 2 for one trained with cross entropy, less for
+    one that was balanced. Labels that the teacher knows by heart say nothing of its bias; the
+    second loss, which learning by heart changes less, then decides, and τ comes out too small.
 
     Args:
-        teacher_logits: [N, C], the teacher's logits on a class-balanced set that it was not
-            trained on, such as the meta set.
+        teacher_logits: [N, C], the teacher's logits on a class-balanced set, best on one that it
+            was not trained on.
         targets: class indices [N].
         class_counts: samples of each class [C] in the teacher's training set; see
             :func:`~kd_balance.hard_losses.log_prior` for a class without any.
@@ -61,11 +65,21 @@ def prior_bias(
             f"{classes - 1}: leave out samples without a label."
         )
     # on the CPU, where reading the slope waits for nothing, and which has float64
-    logits, targets = teacher_logits.detach().cpu().double(), targets.cpu()
+    logits, labels = teacher_logits.detach().cpu().double(), targets.cpu().long()
     low, high = -_LARGEST, _LARGEST
-    for _ in range(_HALVINGS):  # the cross entropy is convex in τ: look where its slope turns
+    for _ in range(_HALVINGS):  # both losses are convex in τ: look where their slope turns
         middle = (low + high) / 2
-        predicted = (logits - middle * by_class).softmax(1)
-        slope = (by_class[targets] - predicted @ by_class).mean()
+        slope = _slope(logits - middle * by_class, labels, by_class)
+        if abs(slope) < _FLAT:
+            break
         low, high = (middle, high) if slope < 0 else (low, middle)
     return (middle * by_class).to(teacher_logits)
+
+
+def _slope(logits: Tensor, labels: Tensor, by_class: Tensor) -> float:
+    """The derivative of the two losses by τ, at logits [N, C] that are shifted already."""
+    own = by_class[labels]
+    of_labels = own - logits.softmax(1) @ by_class
+    others = logits.scatter(1, labels.unsqueeze(1), float("-inf")).softmax(1)
+    of_others = (by_class.sum() - own) / max(1, len(by_class) - 1) - others @ by_class
+    return (of_labels + of_others).mean().item()

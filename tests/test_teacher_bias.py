@@ -26,15 +26,35 @@ def test_it_finds_the_bias_of_a_calibrated_teacher(strength):
     torch.testing.assert_close(found, torch.full((4,), strength), rtol=0, atol=0.1)
 
 
-def test_no_other_strength_has_a_lower_cross_entropy():
+def test_no_other_strength_has_a_lower_loss():
     logits, targets = balanced(1.0, count=60)
     strength = (prior_bias(logits, targets, COUNTS.tolist()) / LOG_PRIOR)[0].item()
 
-    def cross_entropy(tau):
-        return F.cross_entropy(logits - tau * LOG_PRIOR, targets).item()
+    def loss(tau):
+        shifted = logits - tau * LOG_PRIOR
+        others = [
+            F.cross_entropy(row[torch.arange(4) != label], torch.full((3,), 1 / 3))
+            for row, label in zip(shifted, targets)
+        ]
+        return (F.cross_entropy(shifted, targets) + torch.stack(others).mean()).item()
 
     others = [strength + nudge for nudge in (-1, -0.1, 0.1, 1)]
-    assert all(cross_entropy(strength) < cross_entropy(other) for other in others)
+    assert all(loss(strength) < loss(other) for other in others)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_labels_known_by_heart_do_not_hide_the_bias(strength):
+    logits, targets = balanced(strength)
+    logits += 30 * F.one_hot(targets, 4)
+    found = prior_bias(logits, targets, COUNTS) / LOG_PRIOR
+    torch.testing.assert_close(found, torch.full((4,), strength), rtol=0, atol=0.2)
+
+
+def test_a_sure_teacher_and_equal_classes_get_no_bias():
+    targets = torch.arange(4).repeat(5)
+    sure = 40.0 * F.one_hot(targets, 4)
+    assert prior_bias(sure, targets, COUNTS).abs().max() < 1e-6
+    assert prior_bias(*balanced(0.0, count=60), [7, 7, 7, 7]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
