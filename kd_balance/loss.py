@@ -18,7 +18,7 @@ from kd_balance.weight_net import DEFAULT_FEATURES, LogFrequency, MetaWeightNet,
 HardLoss = Callable[[Tensor, Tensor], Tensor]
 SoftLoss = Callable[..., Tensor]
 
-RATIO = 100.0  # of long_tailed's weights: wrong labels need as much, right ones bear it
+RATIO = 10.0  # of long_tailed's weights: more moves them too far where labels are right
 _ENOUGH = 512  # samples for the one number that a teacher's bias is made of
 
 
