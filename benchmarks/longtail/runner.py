@@ -148,9 +148,8 @@ def _do(run: Run, identity: str, setting: Setting, job: Job, advance: Callable) 
             checkpoint=checkpoint,
             advance=lambda share, found=False: advance(share / len(candidates), found),
         )
-        score = evaluate(
-            predict_with(student)(task.meta_set.inputs), task.meta_set.targets, task.groups
-        )
+        decisive: Split = getattr(task, method.chosen_on)
+        score = evaluate(predict_with(student)(decisive.inputs), decisive.targets, task.groups)
         trained.append((score["overall"], candidate, student, done))
     _, best, student, progress = max(trained, key=lambda entry: entry[0])
     progress.seconds = sum(entry[3].seconds for entry in trained)

@@ -20,6 +20,7 @@ from longtail.methods.distillation import (
     KDChosen,
     KDWithMeta,
     LongTailedKD,
+    Sweep,
     WeightedSoftLabels,
 )
 from longtail.methods.plain import (
@@ -40,6 +41,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "kd-chosen": KDChosen,
     "bs+kd": BalancedSoftmaxKD,
     "bs+kd+meta": BalancedSoftmaxKDWithMeta,
+    "sweep": Sweep,
     "dkd": DKD,
     "bkd": BalancedKD,
     "dive": DiVE,

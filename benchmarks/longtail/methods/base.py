@@ -24,6 +24,7 @@ class Method:
         cost: time of a run in units of a plain one, roughly, for the progress bar alone.
         start: share of the epochs after which :meth:`wrap` is called.
         criterion: the WeightedKDLoss with a weight net whose weights are to be recorded.
+        chosen_on: the set whose accuracy decides between candidates, an attribute of the task.
         debiases: whether the teacher's logits lose their ``prior_bias``, found on the meta set.
     """
 
@@ -32,6 +33,7 @@ class Method:
     cost: float = 1.0
     start: float = 0.0
     criterion: nn.Module | None = None
+    chosen_on: ClassVar[str] = "meta_set"
 
     def __init__(self, task: Task, protocol: Protocol, seed: int, *, debias: int = 0) -> None:
         self.task = task
@@ -49,7 +51,7 @@ class Method:
         return torch.cat((self.task.train, self.task.meta.repeat(self.meta_copies)))
 
     def candidates(self) -> list[Method]:
-        """Methods of which the one with the best accuracy on the meta set counts."""
+        """Methods of which the one with the best accuracy on the set `chosen_on` counts."""
         return [self]
 
     def loss(

@@ -148,6 +148,30 @@ class BalancedSoftmaxKDWithMeta(BalancedSoftmaxKD):
         super().__init__(task, protocol, seed, **options)
 
 
+class Sweep(BalancedSoftmaxKDWithMeta):
+    """The honest rival of learned weights: eight fixed settings, the best on validation counts.
+
+    Both weights are ¼, ½, 1 or 2, and the hard one falls with the frequency of the class or does
+    not. The teacher is debiased and the meta set is added, and the time of all eight is summed.
+    """
+
+    derived = ()
+    cost = 8.0
+    chosen_on = "validation"
+
+    def __init__(self, task: Task, protocol: Protocol, seed: int) -> None:
+        super().__init__(task, protocol, seed, debias=1)
+
+    def candidates(self) -> list[Method]:
+        return [
+            BalancedSoftmaxKDWithMeta(
+                self.task, self.protocol, self.seed, hard=size, soft=size, tail=tail, debias=1
+            )
+            for size in (0.25, 0.5, 1.0, 2.0)
+            for tail in (0.0, 0.4)
+        ]
+
+
 class DKD(Method):
     """Cross entropy plus decoupled KD with weights 1 and 8, brought in over a twelfth of training.
 
