@@ -1,23 +1,20 @@
 """Gradient clipping between backward() and step(), recognised and differentiated.
 
-The loop clips with torch's own functions and tells nobody. What backward left in ``.grad`` is
-remembered by a few numbers for each parameter; at the step they tell which clipping took place.
+The loop clips with torch's own functions and tells nobody. The gradients that backward left and those
+at the step tell which clipping took place: what they are is computed and compared in full.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from kd_balance.hooks import WeakHook
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 @dataclass
@@ -60,120 +57,70 @@ class Clipping:
         return product
 
 
-class GradientWatch:
-    """Remembers what backward left in the gradients, to recognise clipping at the step.
+class ClippingHistory:
+    """Recognises clipping, and compares that of one step with that of another."""
 
-    Args:
-        student: its parameters are watched, and
-        optimizer: all that this one holds.
-    """
-
-    def __init__(self, student: nn.Module, optimizer: Optimizer) -> None:
-        self.active = False
-        self._student = student
-        self._optimizer = optimizer
-        self._params: list[Tensor] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._in_backward = False
-        self._seen: dict[Tensor, tuple[int, int]] = {}
-        self._statistics: Tensor | None = None
-        # A write through .grad.data or by a GradScaler leaves no mark on the version, so values
-        # are compared. On an accelerator that waits for the device: one clean step is enough.
-        self._trusts_versions = False
+    def __init__(self) -> None:
         self._clipped_norm: float | None = None
         self._warned = False
 
-    def follow(self) -> None:
-        """Watches the parameters that there are and train now."""
-        held = [p for group in self._optimizer.param_groups for p in group["params"]]
-        params = [p for p in dict.fromkeys([*self._student.parameters(), *held]) if p.requires_grad]
-        if list(map(id, params)) != list(map(id, self._params)):
-            self.close()
-            self._params = params
-            hook = WeakHook(self._on_gradient)
-            self._handles = [p.register_post_accumulate_grad_hook(hook) for p in params]
-
-    def close(self) -> None:
-        """Stops watching."""
-        for handle in self._handles:
-            handle.remove()
-        self._params = []
-
-    def cleared(self) -> bool:
-        """Whether the student's gradients were cleared since the last backward."""
-        return all(
-            p.grad is None or (self._seen.get(p) != _identity(p) and not p.grad.any())
-            for p in self._student.parameters()
-        )
-
-    def clipping(self, names: Mapping[Tensor, str], loss_scale: float) -> Clipping | None:
-        """What was done to the gradients since the last backward.
+    def clipping(
+        self,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        names: Sequence[str | None],
+        held: Sequence[bool],
+    ) -> Clipping | None:
+        """What turned the gradients `before` into those `after`; None if nothing did.
 
         Args:
-            names: of the student's parameters.
-            loss_scale: what a GradScaler multiplied the loss by, and the gradients no longer hold.
-
-        Returns:
-            None if nothing was.
+            before, after: one gradient for each parameter.
+            names: of the student's parameters, None for others.
+            held: whether the optimizer holds the parameter.
 
         Raises:
             ValueError: something else than clipping.
         """
-        params = [p for p in self._seen if p.grad is not None]
-        if self._statistics is None or not params:
-            return None
-        unwritten = all(self._seen[p] == _identity(p) for p in params)
-        if unwritten and self._trusts_versions:
-            return None
-        found = _statistics(params)
-        if loss_scale == 1 and found.shape == self._statistics.shape:
-            if found.equal(self._statistics):  # the same numbers, summed up the same way
-                self._trusts_versions = params[0].device.type != "cpu"
-                return None
-        order = {p: i for i, p in enumerate(self._seen)}
-        before = (self._statistics / loss_scale)[[order[p] for p in params]].tolist()
-        after = found.tolist()
-        tolerance = _TOLERANCE.get(params[0].dtype, 1e-2)
-
-        def equal(a: float, b: float) -> bool:
-            if not (math.isfinite(a) and math.isfinite(b)):
-                return a == b or math.isnan(a) and math.isnan(b)
-            return abs(a - b) <= tolerance * max(abs(a), abs(b))
-
+        tolerance = _TOLERANCE.get(after[0].dtype, 1e-2) if after else 0.0
+        numbers = _numbers(before, after).tolist() if after else []
         touched = [
-            i
-            for i, (old, new) in enumerate(zip(before, after, strict=True))
-            if not (equal(old[0], new[0]) and equal(old[1], new[1]))
+            i for i, (old, _, _, off) in enumerate(numbers)
+            if math.isfinite(old) and not off <= tolerance * old
         ]
         if not touched:
-            self._trusts_versions = params[0].device.type != "cpu"
             return None
-        if unwritten:
-            self._trusts_versions = False
-        own = {names[params[i]] for i in touched if params[i] in names}
-        ratios = [new / old for i in touched for old, new in zip(before[i], after[i]) if old > 0]
-        if ratios and min(ratios) == max(ratios) and math.frexp(ratios[0])[0] == 0.5:
-            # a power of two to the last digit: no clipping but a loss scale taken out again
-            return Clipping(own, factor=ratios[0], total_norm=math.inf)
-        if ratios and max(ratios) < 1 and equal(min(ratios), max(ratios)):
-            total_norm = sum(after[i][0] ** 2 for i in touched) ** 0.5
+        own = {name for i in touched if (name := names[i]) is not None}
+        square = sum(numbers[i][0] ** 2 for i in touched)
+        ratio = sum(numbers[i][2] for i in touched) / square if square > 0 else 0.0
+        if ratio > 0:
+            power = 2.0 ** round(math.log2(ratio))
+            if power != 1 and all(torch.equal(after[i], before[i] * power) for i in touched):
+                # to the last digit: no clipping but a loss scale taken out again
+                return Clipping(own, factor=power, total_norm=math.inf)
+        if 0 < ratio < 1 and all(
+            self._is(after[i], before[i] * ratio, tolerance) for i in touched
+        ):
+            total_norm = sum(numbers[i][1] ** 2 for i in touched) ** 0.5
             self._check_norm(total_norm)
-            held = {p for group in self._optimizer.param_groups for p in group["params"]}
-            if any(params[i] not in held for i in touched):
+            if not all(held[i] for i in touched if names[i] is not None):
                 raise ValueError(
                     "the gradients were clipped by a norm over more parameters of the student than "
                     "the optimizer holds, expected only these: clip them alone, or set "
                     "requires_grad to False for the rest."
                 )
-            return Clipping(own, factor=sum(ratios) / len(ratios), total_norm=total_norm)
-        limit = max(after[i][1] for i in touched)
-        if all(equal(after[i][1], limit) and before[i][1] > limit for i in touched):
+            return Clipping(own, factor=ratio, total_norm=total_norm)
+        limit = max(after[i].abs().max().item() for i in touched)
+        if all(self._is(after[i], before[i].clamp(-limit, limit), tolerance) for i in touched):
             return Clipping(own, limit=limit * (1 - tolerance))
         raise ValueError(
             f"the gradients of {len(touched)} parameters were changed between backward() and "
             "step() by something else than torch's clip_grad_norm_ (L2) or clip_grad_value_, "
             "expected one of these or none: clip with them, or change the loss instead."
         )
+
+    @staticmethod
+    def _is(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+        return bool((actual - expected).norm() <= tolerance * expected.norm())
 
     def _check_norm(self, total_norm: float) -> None:
         """Clipping leaves the same norm every time; another uniform factor hardly would."""
@@ -189,30 +136,17 @@ class GradientWatch:
                 stacklevel=2,
             )
 
-    def _on_gradient(self, param: Tensor) -> None:
-        if self.active and not self._in_backward:
-            self._in_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
-    def _after_backward(self) -> None:
-        self._in_backward = False
-        params = [p for p in self._params if p.grad is not None]
-        self._seen = {p: _identity(p) for p in params}
-        self._statistics = _statistics(params)
-
-
-def _identity(param: Tensor) -> tuple[int, int]:
-    assert param.grad is not None
-    return param.grad.data_ptr(), param.grad._version
-
-
-def _statistics(params: list[Tensor]) -> Tensor:
-    """[len(params), 2], the L2 norm and the largest magnitude of every gradient."""
-    gradients = [p.grad.detach() for p in params if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    if gradients[0].device.type == "cpu":  # where the norm below is slow
-        extremes = [e for g in gradients for e in (g if g.numel() else g.new_zeros(1)).aminmax()]
-        largest = torch.stack(extremes).view(-1, 2).abs().amax(1)
-    else:
-        largest = torch.stack(torch._foreach_norm(gradients, float("inf")))
-    return torch.stack((norms, largest), 1)
+def _numbers(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """[parameters, 4]: the norms before and after, the inner product, the norm of the difference."""
+    differences = torch._foreach_sub(list(after), list(before))
+    products = torch._foreach_mul(list(after), list(before))
+    return torch.stack(
+        (
+            torch.stack(torch._foreach_norm(list(before))),
+            torch.stack(torch._foreach_norm(list(after))),
+            torch.stack([product.sum() for product in products]),
+            torch.stack(torch._foreach_norm(differences)),
+        ),
+        1,
+    ).double()

@@ -10,7 +10,7 @@ vector-Jacobian product.
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping
+from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
 from kd_balance.step_products import adam_product, sgd_product
 
@@ -221,7 +222,9 @@ class Update:
             if not params:
                 continue
             kind = torch.optim.SGD if plain_sgd else type(optimizer)
-            options = {"lr": group["lr"]} if plain_sgd else _hyperparameters(kind, group)
+            options = _hyperparameters(kind, group)
+            if plain_sgd:
+                options = {"lr": group["lr"], "maximize": group.get("maximize", False)}
             states = [{} if plain_sgd else _state(optimizer, p) for p in params]
             grads = [p.grad.detach() for p in params]
             own_names = [names[p] for p in params]
@@ -301,6 +304,63 @@ class InnerStep:
 
     calls: list[CriterionCall]
     update: Update
+    gradients: dict[str, Tensor]
+    """What the step's backward passes added to the gradients, by name, before clipping."""
+    alone: bool
+    """Whether nothing but these calls reached them."""
+    ids: dict[str, int]
+    """The identities of the live parameters, by name."""
+    replay_gradients: bool = False
+    """Whether to repeat the calls' backward passes to compare with, where others reached them."""
+
+    def own_gradients(
+        self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]
+    ) -> dict[str, Tensor] | None:
+        """The calls' part of the gradients; None where it is not known without a replay.
+
+        Args:
+            criterion: of the calls.
+            params: that the calls were made with.
+        """
+        if self.alone:
+            return self.gradients
+        if not self.replay_gradients:
+            return None
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        for call in self.calls:
+            mapped = call.part_of(leaves, self.ids)
+            with torch.enable_grad():
+                losses = call.losses(criterion, call.logits({**params, **mapped}))
+                result = criterion.combine(losses, call.weights, call.targets)
+            torch.autograd.backward(result, call.upstream, inputs=list(mapped.values()))
+        return {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
+
+
+def predicted(optimizer: Optimizer) -> dict[Tensor, Tensor]:
+    """What the coming step makes of every parameter by the optimizer's own formula, hooks aside."""
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not held:
+        return {}
+    moved = dict(zip(held, torch._foreach_mul([p.detach() for p in held], 1.0), strict=True))
+    shadow = object.__new__(type(optimizer))
+    vars(shadow).update(vars(optimizer))
+    shadow.param_groups = [
+        {**group, "params": [moved[p] for p in group["params"] if p in moved]}
+        for group in optimizer.param_groups
+    ]
+    shadow.state = defaultdict(dict)
+    for param, copy in moved.items():
+        copy.grad = None if param.grad is None else param.grad.detach()
+        if state := optimizer.state.get(param):
+            shadow.state[copy] = {
+                k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()
+            }
+    shadow._optimizer_step_pre_hooks = OrderedDict()
+    shadow._optimizer_step_post_hooks = OrderedDict()
+    type(optimizer).step(shadow)
+    for copy in moved.values():
+        copy.grad = None
+    return moved
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:

@@ -229,7 +229,10 @@ class WeightedKDLoss(nn.Module):
                 weights = weights.clone()  # not a view of parameters
             self._kept = kept
             self._weights = weights if kept is None else weights * kept.unsqueeze(1)
-            return self.combine(losses, weights, targets)
+            result = self.combine(losses, weights, targets)
+            if result.grad_fn is not None:  # a mark that the loss's graph shows
+                result.grad_fn.metadata[WeightedKDLoss] = self
+            return result
 
     def losses(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
         """The (hard, soft) losses of every sample before weighting.

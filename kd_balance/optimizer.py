@@ -13,12 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_balance.clipping import Clipping, GradientWatch
+from kd_balance.clipping import Clipping
+from kd_balance.gradients import Gradients
 from kd_balance.hypergradient import ENGINES
-from kd_balance.inner_step import DIFFERENTIABLE, InnerStep, Update, is_differentiable
+from kd_balance.inner_step import (
+    DIFFERENTIABLE,
+    InnerStep,
+    Update,
+    is_differentiable,
+    predicted,
+)
+from kd_balance.invariants import Invariants, distance
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
-from kd_balance.record import CriterionCall, Recorder
+from kd_balance.record import Recorder, Recording
 from kd_balance.replay import Structure, replayable
 
 METHODS = ("online", "lookahead", "paper")
@@ -160,8 +168,10 @@ class BilevelOptimizer(Optimizer):
         self._skipped = torch.zeros((), dtype=torch.long)
         self.__setstate__({})  # gives this optimizer its own step hooks
         _supersede_wrapper_of(module)
-        self._gradient_watch = GradientWatch(module, optimizer)
-        self._recorder = Recorder(student, self._structure, criterion, self._gradient_watch)
+        self._gradients = Gradients(module, optimizer)
+        self._recorder = Recorder(student, self._structure, criterion, self._gradients)
+        self._invariants = Invariants()
+        self._ended: dict[str, Tensor] = {}  # the parameters that the window's last step left
         _watching.add(self)
         self._open_window()
 
@@ -238,40 +248,61 @@ class BilevelOptimizer(Optimizer):
         if self._recorder.active and not self._has_gradients():
             self._student_step(closure)  # of a batch that the loop gave up: nothing moves
             return loss
-        calls = self._recorder.take()
         if not self._recorder.active:
             self._student_step(closure)
-        elif not calls and self._tried:
-            self._unrelated_step(closure)
         else:
-            self._recorder.active = False
-            at_end = self._window_position == self.every - 1
-            self._structure.refresh()  # layers may have been replaced
-            try:
-                with _modes_of_our_own(next(self._weight_net.parameters()).device):
-                    self._check_calls(calls)
-                    clipping = self._clipping(self._undo_loss_scale(calls))
-                    update = Update.of(
-                        self.optimizer,
-                        self._names,
-                        clipping=clipping,
-                        plain_sgd=self.method == "paper" and at_end,
-                    )
-                    if at_end:
-                        self._bilevel_step(InnerStep(calls, update), closure)
-                    else:
-                        self._recorded_step(InnerStep(calls, update), closure)
-            except BaseException:
-                self._recorder.active = True
-                raise
+            self._watched_step(closure)
+        self._recorder.forget()
         self._steps += 1
         self._open_window()
         return loss
 
+    def _watched_step(self, closure: Callable[[], Any] | None) -> None:
+        """A step that a hypergradient will pass through."""
+        self._moved = False
+        try:
+            recording = self._recorder.take()
+            if not recording.calls and self._tried:
+                self._unrelated_step(closure)
+                return
+            self._recorder.active = False
+            self._structure.refresh()  # layers may have been replaced
+            with _modes_of_our_own(next(self._weight_net.parameters()).device):
+                inner = self._inner_step(recording)
+                if self._window_position == self.every - 1:
+                    self._bilevel_step(inner, closure)
+                else:
+                    self._recorded_step(inner, closure)
+        except BaseException:
+            self._recorder.forget()
+            self._invariants.forget()
+            self._window.clear()
+            self._ended = {}
+            if self._moved:
+                self._steps += 1
+                self._open_window()
+            else:
+                self._recorder.active = True
+            raise
+
+    def _inner_step(self, recording: Recording) -> InnerStep:
+        """What the coming step is made of."""
+        self._check_calls(recording)
+        scale = self._undo_loss_scale(recording)
+        update = Update.of(
+            self.optimizer,
+            self._names,
+            clipping=self._clipping(scale),
+            plain_sgd=self.method == "paper" and self._window_position == self.every - 1,
+        )
+        accumulated = self._gradients.accumulated(self._names, scale)
+        ids = {name: id(param) for param, name in self._names.items()}
+        self._invariants.began(update.params, self._ended)
+        return InnerStep(recording.calls, update, accumulated or update.grads, recording.alone, ids)
+
     def close(self) -> None:
         """Stops watching student and criterion; the student's optimizer goes on by itself."""
         self._recorder.close()
-        self._gradient_watch.close()
         _watching.discard(self)
         self._open_window()
 
@@ -327,7 +358,8 @@ class BilevelOptimizer(Optimizer):
         meta_state = plain.pop("kd_balance", None)
         self.optimizer.load_state_dict(plain)
         self._window.clear()
-        self._recorder.take()
+        self._recorder.forget()
+        self._ended = {}
         if meta_state is None:
             warnings.warn(
                 "The checkpoint was written by a plain optimizer: the weight net and its optimizer "
@@ -364,16 +396,28 @@ class BilevelOptimizer(Optimizer):
         """Watches the coming step if the hypergradient will pass through it."""
         in_reach = self._window_position >= self.every - self.unroll
         self._recorder.active = self in _watching and in_reach
-        self._gradient_watch.active = self._recorder.active
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for group in self.param_groups for p in group["params"])
 
     def _student_step(self, closure: Callable[[], Any] | None = None) -> None:
+        self._moved = True
         if closure is not None and _needs_closure(self.optimizer):
             self.optimizer.step(closure)
         else:
             self.optimizer.step()
+
+    def _predicted_step(self, closure: Callable[[], Any] | None) -> None:
+        """The student's step, compared with what its formula says."""
+        if not is_differentiable(self.optimizer):
+            self._student_step(closure)
+            return
+        moved = predicted(self.optimizer)
+        length = distance(list(moved.values()), list(moved)) if moved else None
+        self._student_step(closure)
+        if length is not None:
+            self._invariants.moved(list(moved.values()), list(moved), length)
+        self._ended = {self._names[p]: copy for p, copy in moved.items() if p in self._names}
 
     def _unrelated_step(self, closure: Callable[[], Any] | None) -> None:
         """A step on gradients of other losses alone, in a run that knows the criterion."""
@@ -390,7 +434,7 @@ class BilevelOptimizer(Optimizer):
     def _recorded_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """A step in the middle of an unrolled window."""
         inner.update.freeze(grads=True, states=self._engine_name == "unroll")
-        self._student_step(closure)
+        self._predicted_step(closure)
         self._window.append(inner)
 
     def _bilevel_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
@@ -398,17 +442,23 @@ class BilevelOptimizer(Optimizer):
         batch = self._meta_set.draw()
         meta_loss = self._objective.on(batch, inner.calls[-1].student_call)
         steps = [*self._window, inner]
+        for step in steps:
+            for call in step.calls:
+                call.check_versions()
+        windows = self._meta_updates * self.accumulate + self._accumulated
+        inner.replay_gradients = windows & (windows + 1) == 0  # at the first, and ever more rarely
         if not self._tried:
             self._try_out(steps, meta_loss)
         if self.method == "online":
             inner.update.freeze(grads=False, states=self._engine_name == "unroll")
-            self._student_step(closure)
+            self._predicted_step(closure)
             self._meta_step(steps, meta_loss)
         else:
             if self._meta_step(steps, meta_loss):
                 self._reweigh_gradients(inner)
             self._student_step(closure)
         self._window.clear()
+        self._ended = {}
 
     def _try_out(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
@@ -416,19 +466,17 @@ class BilevelOptimizer(Optimizer):
         """Goes through the first meta update once before the student moves, for what may fail."""
         _check_single_process(self.student)
         self._objective.try_out(meta_loss)
-        params = dict(steps[-1].update.params)
-        for step in reversed(steps):
-            params.update(step.update.params)
-            for call in step.calls:
-                call.check_replay(self.criterion, params)
+        before = steps[-1].update.params
         try:
-            self._engine(self.criterion, steps, meta_loss, steps[-1].update.params)
+            self._engine(self.criterion, steps, meta_loss, before, self._invariants)
         except RuntimeError as error:
             raise ValueError(
                 "the hypergradient could not be computed, expected a student whose operators have "
                 "a forward-mode or a second derivative: replace the one named here "
                 f"({str(error).splitlines()[0]})."
             ) from error
+        self._invariants.settle()
+        self._invariants.check()
         self._tried = True
 
     def _meta_step(
@@ -439,9 +487,12 @@ class BilevelOptimizer(Optimizer):
         after = {name: live[name].detach() for step in steps for name in step.update.params}
         if self.method != "online":
             after.update(steps[-1].update.apply())
-        loss, hypergradient = self._engine(self.criterion, steps, meta_loss, after)
+        loss, hypergradient = self._engine(
+            self.criterion, steps, meta_loss, after, self._invariants
+        )
+        holds = self._invariants.settle()
         norm = torch.stack(torch._foreach_norm(hypergradient)).norm()
-        finite = norm.isfinite()
+        finite = norm.isfinite() if holds is None else norm.isfinite() & holds
         if self._accumulated == 0:
             self.meta_optimizer.zero_grad()
         share = [torch.where(finite, gradient, 0) for gradient in hypergradient]
@@ -488,7 +539,8 @@ class BilevelOptimizer(Optimizer):
                     grads[name].add_(gradient)
         self.criterion.reweigh()
 
-    def _check_calls(self, calls: list[CriterionCall]) -> None:
+    def _check_calls(self, recording: Recording) -> None:
+        calls = recording.calls
         if not calls:
             raise ValueError(
                 "step() was called and no result of the criterion went through backward() since "
@@ -505,18 +557,18 @@ class BilevelOptimizer(Optimizer):
                         "finite loss: look for nan or inf in the student's or teacher's logits."
                     )
 
-    def _undo_loss_scale(self, calls: list[CriterionCall]) -> float:
+    def _undo_loss_scale(self, recording: Recording) -> float:
         """Takes the scaler's factor out of the recorded calls, and returns it."""
         if self._grad_scaler is None or not self._grad_scaler.is_enabled():
             return 1.0
         scale = self._grad_scaler.get_scale()
-        for call in calls:
+        for call in recording.calls:
             assert call.upstream is not None
             call.upstream = call.upstream / scale
         return scale
 
     def _clipping(self, loss_scale: float) -> Clipping | None:
-        clipping = self._gradient_watch.clipping(self._names, loss_scale)
+        clipping = self._gradients.clipping(self._names, loss_scale)
         if clipping is not None and self.method != "online":
             if clipping.is_rescaling:
                 raise ValueError(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from kd_balance.clipping import GradientWatch
+from kd_balance.backward import ignore, watch
+from kd_balance.gradients import Gradients
 from kd_balance.hooks import WeakHook
 from kd_balance.loss import WeightedKDLoss
+from kd_balance.loss_graph import leaves, surroundings
 from kd_balance.replay import StudentCall, Structure, leaves_of
 from kd_balance.replay.dropout import draw_as_usual, draw_plainly
 from kd_balance.replay.memory_format import ReplayFormat
@@ -30,8 +33,12 @@ class CriterionCall:
     weights: Tensor  # [N, 2]
     recorded_losses: Tensor  # [N, 2], detached
     result: Tensor  # what the criterion returned, detached
+    versions: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    """What a replay reads later, and the count of its in-place writes at the time of the call."""
     upstream: Tensor | None = None
     """d(what backward was called on) / d(the criterion's result); None before backward."""
+    reached: frozenset[int] | None = None
+    """The ids of the tensors that backward was called for by ``inputs=``; None for all."""
 
     def logits(self, params: Mapping[str, Tensor]) -> Tensor:
         """What the criterion would have been given under other parameters."""
@@ -41,24 +48,47 @@ class CriterionCall:
         """Per-sample losses [N, 2] of this call, had it been given these logits."""
         return criterion.losses(logits, self.teacher_logits, self.targets)
 
-    def check_replay(self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]) -> None:
-        """Repeats the call under the parameters that it was made with.
+    def check_versions(self) -> None:
+        """Looks for writes; waits for nothing.
 
         Raises:
-            ValueError: the losses are not those of the recorded call.
+            ValueError: a tensor that the call was given holds other values now.
         """
-        with torch.no_grad():
-            losses = self.losses(criterion, self.logits(params))
-        recorded = self.recorded_losses
-        error = ((losses - recorded).norm() / recorded.norm()).item()
-        single = 1e-3 if losses.device.type == "cpu" else 1e-2  # for TF32
-        tolerance = {torch.float64: 1e-6, torch.float32: single}
-        if not error <= tolerance.get(self.student_call.precision, 5e-2):
+        for name, tensor, version in self.versions:
+            if tensor._version != version:
+                raise ValueError(
+                    f"{name} of shape {tuple(tensor.shape)} was written in place since the forward "
+                    "pass, expected its values until the hypergradient is computed: give the "
+                    "student and the criterion a copy, .clone(), of a buffer that is used again."
+                )
+
+    def part_of(
+        self, by_name: Mapping[str, Tensor], ids: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """What belongs to the parameters that backward reached from this call."""
+        if self.reached is None:
+            return dict(by_name)
+        return {n: x for n, x in by_name.items() if ids.get(n) in self.reached}
+
+    def walked(self, upstream: Tensor, reached: frozenset[int] | None) -> None:
+        """Notes a backward pass through the result.
+
+        Raises:
+            ValueError: it reached some other parameters than the one before it.
+        """
+        if self.upstream is None:
+            self.upstream, self.reached = upstream, reached
+        elif self.reached == reached:
+            self.upstream = self.upstream + upstream
+        elif None not in (self.reached, reached) and not self.reached & reached and torch.equal(
+            self.upstream, upstream
+        ):
+            self.reached = self.reached | reached
+        else:
             raise ValueError(
-                f"the student's call was repeated and gave losses that differ by {error:.1g} "
-                "(relative), expected the same ones: leave inputs, targets and parameters alone "
-                "between the forward pass and step(), draw from no random generator of your own, "
-                "and set torch._inductor.config.fallback_random = True before compiling dropout."
+                "backward passes through one result of the criterion reached different parameters "
+                "(inputs=), expected the same ones, or each parameter once: call backward on it "
+                "once."
             )
 
 
@@ -67,6 +97,17 @@ class _Kept:
     """What an autograd graph keeps of a call, until a step empties it."""
 
     call: Any
+
+
+@dataclass
+class Recording:
+    """What is known of the gradients that a step is about to use."""
+
+    calls: list[CriterionCall]
+    alone: bool
+    """Whether nothing but these calls reached the student's gradients."""
+    factor_learns: bool = False
+    """Whether a result was multiplied by something made of the student's parameters."""
 
 
 class Recorder:
@@ -82,7 +123,7 @@ class Recorder:
         student: nn.Module,
         structure: Structure,
         criterion: WeightedKDLoss,
-        gradients: GradientWatch,
+        gradients: Gradients,
     ) -> None:
         self._active = False
         self._gradients = gradients
@@ -91,13 +132,21 @@ class Recorder:
         self._format = ReplayFormat(structure.student)
         self._entered: StudentCall | None = None
         self._kept: WeakSet[_Kept] = WeakSet()
-        self._calls: list[CriterionCall] = []
-        self._in_backward = False
+        self._walking: dict[int, tuple[CriterionCall, Tensor]] | None = None
+        self._forget()
         self._handles = [
             student.register_forward_pre_hook(WeakHook(self._before_student), with_kwargs=True),
             student.register_forward_hook(WeakHook(self._after_student), with_kwargs=True),
             criterion.register_forward_hook(WeakHook(self._after_criterion), with_kwargs=True),
         ]
+
+    def _forget(self) -> None:
+        self._calls: list[CriterionCall] = []
+        self._by_hand: dict[int, tuple[CriterionCall, Tensor]] = {}
+        self._alone = True
+        self._factor_learns = False
+        self._complaint: ValueError | None = None
+        self._gradients.forget()
 
     @property
     def active(self) -> bool:
@@ -109,26 +158,115 @@ class Recorder:
         self._active = active
         if active:
             draw_plainly(self)
+            watch(self, "around_backward")
         else:
             draw_as_usual(self)
+            ignore(self)
 
-    def take(self) -> list[CriterionCall]:
-        """The calls whose results went through backward since the last time, forgetting all."""
+    def take(self) -> Recording:
+        """The calls whose results went through backward since the last time.
+
+        Those that only :func:`torch.autograd.grad` went through count where nothing else did: the
+        loop has put the gradients in place itself.
+
+        Raises:
+            ValueError: what the loop's backward passes did cannot be repeated.
+        """
+        if self._complaint is not None:
+            complaint = self._complaint
+            self.forget()
+            raise complaint
+        if not self._calls:
+            for call, upstream in self._by_hand.values():
+                call.walked(upstream, None)
+                self._calls.append(call)
+        return Recording(self._calls, self._alone, self._factor_learns)
+
+    def forget(self) -> None:
+        """Begins a new step."""
         for kept in self._kept:
             kept.call = None
-        calls, self._calls = self._calls, []
-        return calls
+        self._forget()
 
     def gradients_cleared(self) -> None:
         """Forgets the calls whose gradients are gone."""
         for call in self._calls:
-            call.upstream = None
-        self._calls = []
+            call.upstream, call.reached = None, None
+        self._forget()
 
     def close(self) -> None:
         """Stops watching."""
+        self.active = False
         for handle in self._handles:
             handle.remove()
+
+    @contextmanager
+    def around_backward(
+        self, roots: Sequence[Tensor], inputs: Sequence[Tensor] | None
+    ) -> Iterator[None]:
+        """What a backward pass runs within: it adds the calls that it went through."""
+        if self._walking is not None:  # of a checkpoint, within another one
+            yield
+            return
+        if self._gradients.cleared():  # unseen, of a step that was given up
+            self.gradients_cleared()
+        reached = None if inputs is None else frozenset(map(id, inputs))
+        learns = reached is None or any(id(p) in reached for p in self._structure.parameters)
+        self._gradients.begin()
+        self._walking = {}
+        try:
+            yield
+        except BaseException:
+            self._walking = None
+            self._forget()
+            raise
+        walked, self._walking = self._walking, None
+        if not learns:
+            return
+        self._gradients.end()
+        try:
+            self._look_around(roots, walked)
+            for call, upstream in walked.values():
+                if call.upstream is None:
+                    self._calls.append(call)
+                call.walked(upstream, reached)
+        except ValueError as complaint:
+            self._complaint = self._complaint or complaint
+
+    def _look_around(self, roots: Sequence[Tensor], walked: Mapping[int, Any]) -> None:
+        """Notes what else the gradients are made of.
+
+        Raises:
+            ValueError: the calls' part of them is no constant times the gradients of their results.
+        """
+        nodes = [root.grad_fn for root in roots if root.grad_fn is not None]
+        found = surroundings(nodes, self._is_result, self._is_student)
+        self._alone &= found.alone and bool(walked)
+        self._factor_learns |= found.factor_learns
+        if found.nonlinear is not None:
+            raise ValueError(
+                f"the criterion's result went through {found.nonlinear.lower()} before backward(), "
+                "expected sums and factors that do not depend on it: the weights would change the "
+                "factor too, so put the function into hard_loss and soft_loss, or leave it out."
+            )
+
+    def _is_result(self, node: Any) -> bool:
+        criterion = node.metadata.get(WeightedKDLoss)
+        if criterion is None or criterion is self._criterion:
+            return criterion is not None
+        if criterion.weight_net is self._criterion.weight_net:
+            raise ValueError(
+                "a second criterion with the same weight_net reached the gradients, expected this "
+                "optimizer's alone: give it a weight_net of its own, or none."
+            )
+        return False
+
+    def _is_output(self, node: Any) -> bool:
+        return self in node.metadata
+
+    def _is_student(self, node: Any) -> bool:
+        variable = getattr(node, "variable", None)
+        return self._is_output(node) or variable in self._structure.parameters
 
     def _before_student(
         self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -161,19 +299,23 @@ class Recorder:
     ) -> None:
         if not (self.active and loss.requires_grad):
             return
-        self._gradients.follow()
         kept = self._keep(self._criterion_call(loss.detach(), *args, **kwargs))
+        held = {p for group in self._gradients.groups for p in group["params"]}
+        if any(leaf in held for leaf in leaves([loss.grad_fn], self._is_output)):
+            raise ValueError(
+                "hard_loss or soft_loss holds a parameter that the optimizer moves, expected "
+                "losses of the logits alone: move it into the student, or give it to another "
+                "optimizer."
+            )
 
         def remember(gradient: Tensor) -> None:
             if (call := kept.call) is None:
                 return  # a step has passed since the criterion was called
-            self._on_backward()
+            into = self._by_hand if self._walking is None else self._walking
             gradient = gradient.detach().clone()
-            if call.upstream is None:
-                call.upstream = gradient
-                self._calls.append(call)
-            else:
-                call.upstream = call.upstream + gradient
+            if self._walking is not None and id(call) in into:
+                gradient = into[id(call)][1] + gradient
+            into[id(call)] = call, gradient
 
         loss.register_hook(remember)
 
@@ -187,8 +329,10 @@ class Recorder:
     ) -> CriterionCall:
         features, losses = self._criterion.last_features, self._criterion.last_losses
         assert features is not None and losses is not None
+        student_call = self._student_call_of(student_logits)
+        self._check_arguments(student_call)
         return CriterionCall(
-            self._student_call_of(student_logits),
+            student_call,
             student_logits.dtype,
             teacher_logits.detach(),
             targets,
@@ -196,7 +340,27 @@ class Recorder:
             self._criterion.weights,
             losses,
             result,
+            _versions(student_call, teacher_logits, targets),
         )
+
+    def _check_arguments(self, call: StudentCall) -> None:
+        """Refuses arguments that are themselves made of the student's parameters."""
+        for argument in leaves_of((call.args, call.kwargs)):
+            if not isinstance(argument, Tensor) or argument.grad_fn is None:
+                continue
+            names = self._structure.parameters
+            within: set[Any] = set()
+
+            def met(node: Any) -> bool:
+                within.add(self in node.metadata)
+                return self in node.metadata
+
+            if any(leaf in names for leaf in leaves([argument.grad_fn], met)) or True in within:
+                raise ValueError(
+                    f"the student was given a tensor of shape {tuple(argument.shape)} that carries "
+                    "a graph of the student's own parameters, expected plain inputs: compute it "
+                    "within the student's forward, or .detach() it."
+                )
 
     def _student_call_of(self, logits: Tensor) -> StudentCall:
         """The call that returned these logits, cast to another dtype at most."""
@@ -216,14 +380,11 @@ class Recorder:
             "student or into hard_loss and soft_loss, or shift the labels instead."
         )
 
-    def _on_backward(self) -> None:
-        """Drops calls of a step that was skipped, whose gradients were cleared unseen."""
-        if self._in_backward:
-            return
-        self._in_backward = True
-        torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
-        if self._calls and self._gradients.cleared():
-            self.gradients_cleared()
 
-    def _after_backward(self) -> None:
-        self._in_backward = False
+def _versions(
+    call: StudentCall, teacher_logits: Tensor, targets: Tensor
+) -> list[tuple[str, Tensor, int]]:
+    inputs = [leaf for leaf in leaves_of((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    named = [("an input", x) for x in inputs]
+    named += [("teacher_logits", teacher_logits), ("targets", targets)]
+    return [(name, x, x._version) for name, x in named if not x.is_inference()]

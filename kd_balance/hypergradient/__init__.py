@@ -8,6 +8,7 @@ from torch import Tensor
 from kd_balance.hypergradient.adjoint import Adjoint
 from kd_balance.hypergradient.unroll import Unroll
 from kd_balance.inner_step import InnerStep
+from kd_balance.invariants import Invariants
 from kd_balance.loss import WeightedKDLoss
 
 
@@ -20,6 +21,7 @@ class Engine(Protocol):
         steps: list[InnerStep],
         meta_loss: Callable[[Mapping[str, Tensor]], Tensor],
         after: Mapping[str, Tensor],
+        invariants: Invariants,
     ) -> tuple[Tensor, list[Tensor]]: ...
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kd_balance.replay.fused_rules import FusedRules, make_dual
 from kd_balance.inner_step import InnerStep, Slots
+from kd_balance.invariants import Invariants
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
 
@@ -39,6 +40,7 @@ class Adjoint:
         steps: list[InnerStep],
         meta_loss: Callable[[Mapping[str, Tensor]], Tensor],
         after: Mapping[str, Tensor],
+        invariants: Invariants,
     ) -> tuple[Tensor, list[Tensor]]:
         """The meta loss and its gradients for the weight net's parameters.
 
@@ -47,6 +49,7 @@ class Adjoint:
             steps: the inner steps, oldest first; φ is the same in all of them.
             meta_loss: of the student's parameters by name.
             after: the parameters that the steps moved, by name, after the last one.
+            invariants: are told what should agree.
         """
         cotangents: Slots = {}
         loss, cotangents["param"] = _value_and_gradients(meta_loss, after)
@@ -58,13 +61,17 @@ class Adjoint:
             params.update(step.update.params)
             cotangents = step.update.vjp(cotangents, through=not is_first)
             direction = cotangents.pop("grad", {})
+            products = []
             for call in step.calls if direction else ():
                 weight_gradient, curvature = self._products(
-                    criterion, call, params, direction, with_curvature=not is_first
+                    criterion, call, params, call.part_of(direction, step.ids),
+                    invariants, with_curvature=not is_first,
                 )
+                products.append(weight_gradient * call.weights)
                 with torch.enable_grad():
                     kept = criterion.kept(call.targets)
                     weights = criterion.weigh(call.features, weight_gradient, kept)
+                invariants.weighed(weights, call.weights, kept)
                 parts = torch.autograd.grad(
                     weights, phi, weight_gradient, allow_unused=True, materialize_grads=True
                 )
@@ -72,6 +79,11 @@ class Adjoint:
                     parts = torch._foreach_add(hypergradient, parts)
                 hypergradient = list(parts)
                 _add(cotangents.setdefault("param", {}), curvature)
+            if products:
+                own = step.own_gradients(criterion, params)
+                if own is not None:
+                    precision = step.calls[0].student_call.precision
+                    invariants.along(own, direction, products, precision)
         return loss, hypergradient or [torch.zeros_like(p) for p in phi]
 
     def _products(
@@ -80,6 +92,7 @@ class Adjoint:
         call: CriterionCall,
         params: Mapping[str, Tensor],
         direction: Mapping[str, Tensor],
+        invariants: Invariants,
         *,
         with_curvature: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -91,7 +104,9 @@ class Adjoint:
                 self._double_backward_works = False
         if self._forward_mode_works:
             try:
-                return _forward_mode(criterion, call, params, direction, with_curvature)
+                return _forward_mode(
+                    criterion, call, params, direction, invariants, with_curvature
+                )
             except NotImplementedError as error:
                 self._forward_mode_works = False
                 warnings.warn(
@@ -100,7 +115,7 @@ class Adjoint:
                     f"memory. torch says: {str(error).splitlines()[0]}",
                     stacklevel=2,
                 )
-        return _double_backward(criterion, call, params, direction, with_curvature)
+        return _double_backward(criterion, call, params, direction, invariants, with_curvature)
 
 
 def _value_and_gradients(
@@ -120,6 +135,7 @@ def _forward_mode(
     call: CriterionCall,
     params: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
+    invariants: Invariants,
     with_curvature: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward pass with dual parameters; with curvature, a backward pass inside it."""
@@ -136,7 +152,7 @@ def _forward_mode(
         if tangent is None:
             return torch.zeros_like(call.weights), curvature
         loss_tangents, gradient, gradient_tangent = _loss_tangents(
-            criterion, call, logits.detach(), tangent.detach()
+            criterion, call, logits.detach(), tangent.detach(), invariants
         )
         if with_curvature:
             gradients = torch.autograd.grad(
@@ -153,7 +169,11 @@ def _forward_mode(
 
 
 def _loss_tangents(
-    criterion: WeightedKDLoss, call: CriterionCall, logits: Tensor, direction: Tensor
+    criterion: WeightedKDLoss,
+    call: CriterionCall,
+    logits: Tensor,
+    direction: Tensor,
+    invariants: Invariants,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In a direction of the logits, the derivatives of the losses and of the logits' gradient.
 
@@ -167,6 +187,7 @@ def _loss_tangents(
     with torch.enable_grad():
         logits.requires_grad_()
         losses = call.losses(criterion, logits)
+        invariants.replayed(losses, call.recorded_losses, call.student_call.precision)
         start = _by_losses(criterion, call, losses).requires_grad_()
         (gradient,) = torch.autograd.grad(losses, logits, start, create_graph=True)
         tangents, gradient_tangent = torch.autograd.grad(
@@ -200,6 +221,7 @@ def _double_backward(
     call: CriterionCall,
     params: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
+    invariants: Invariants,
     with_curvature: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The same products as derivatives of ⟨λ, gradient⟩, through a graph of the gradient."""
@@ -207,6 +229,7 @@ def _double_backward(
     weights = call.weights.detach().requires_grad_()
     with torch.enable_grad():
         losses = call.losses(criterion, call.logits(leaves))
+        invariants.replayed(losses, call.recorded_losses, call.student_call.precision)
         result = criterion.combine(losses, weights, call.targets)
         gradients = torch.autograd.grad(
             result,

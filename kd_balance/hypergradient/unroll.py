@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kd_balance.inner_step import DifferentiableTorchOptimizer, InnerStep, State, Update
+from kd_balance.inner_step import DifferentiableTorchOptimizer, InnerStep, State
+from kd_balance.invariants import Invariants
 from kd_balance.loss import WeightedKDLoss
 
 
@@ -25,6 +26,7 @@ class Unroll:
         steps: list[InnerStep],
         meta_loss: Callable[[Mapping[str, Tensor]], Tensor],
         after: Mapping[str, Tensor],
+        invariants: Invariants,
     ) -> tuple[Tensor, list[Tensor]]:
         """The meta loss and its gradients for the weight net's parameters.
 
@@ -33,14 +35,17 @@ class Unroll:
             steps: the inner steps, oldest first; φ is the same in all of them.
             meta_loss: of the student's parameters by name.
             after: not needed here, the parameters after the last step being computed anew.
+            invariants: are told what should agree.
         """
         params: dict[str, Tensor] = {}
         states: dict[str, State] = {}
         with torch.enable_grad():
-            for step in steps:
+            for step in steps:  # a layer may begin to train, or to rest, within the window
                 for name, param in step.update.params.items():
                     params.setdefault(name, param.detach().requires_grad_())
-                _take(step.update, _training_loss(criterion, step, params), params, states)
+            for step in steps:
+                loss = _training_loss(criterion, step, params, invariants)
+                _take(step, loss, params, states, invariants)
             loss = meta_loss(params)
         hypergradient = torch.autograd.grad(
             loss, criterion.phi, allow_unused=True, materialize_grads=True
@@ -49,23 +54,35 @@ class Unroll:
 
 
 def _training_loss(
-    criterion: WeightedKDLoss, step: InnerStep, params: Mapping[str, Tensor]
+    criterion: WeightedKDLoss,
+    step: InnerStep,
+    params: Mapping[str, Tensor],
+    invariants: Invariants,
 ) -> Tensor:
     """The criterion's part of what the user called backward on, as a function of θ and φ."""
     total = torch.zeros((), device=step.calls[0].result.device)
     for call in step.calls:
         assert call.upstream is not None
-        losses = call.losses(criterion, call.logits(params))
+        own = call.part_of(params, step.ids)
+        mapped = {n: p if n in own else p.detach() for n, p in params.items()}
+        losses = call.losses(criterion, call.logits(mapped))
+        invariants.replayed(losses, call.recorded_losses, call.student_call.precision)
         weights = criterion.weigh(call.features, losses, criterion.kept(call.targets))
+        invariants.weighed(weights, call.weights, criterion.kept(call.targets))
         result = criterion.combine(losses, weights, call.targets)
         total = total.to(result) + (result * call.upstream).sum()
     return total
 
 
 def _take(
-    update: Update, loss: Tensor, params: dict[str, Tensor], states: dict[str, State]
+    step: InnerStep,
+    loss: Tensor,
+    params: dict[str, Tensor],
+    states: dict[str, State],
+    invariants: Invariants,
 ) -> None:
     """Moves `params` and `states` by the recorded update, their graphs included."""
+    update = step.update
     copies = [[p.clone().requires_grad_() for p in group.params] for group in update.groups]
     optimizer = update.groups[0].kind(  # type: ignore[call-arg]
         [{"params": ps, **g.options} for ps, g in zip(copies, update.groups, strict=True)]
@@ -78,6 +95,9 @@ def _take(
 
     def as_recorded(gradients: list[Tensor | None]) -> list[Tensor]:
         """The recorded values, differentiable as the criterion's part of them."""
+        if step.alone:
+            own = {n: g.detach() for n, g in zip(names, gradients) if g is not None}
+            invariants.equal(step.gradients, own, step.calls[0].student_call.precision)
         changes = {n: g - g.detach() for n, g in zip(names, gradients) if g is not None}
         if update.clipping is not None:
             changes = update.clipping.product(changes, update.grads)

@@ -1,0 +1,143 @@
+"""What the backward passes of a step left in the gradients, and what was made of it until then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kd_balance.clipping import Clipping, ClippingHistory
+
+
+class Gradients:
+    """Copies what each backward pass leaves, so that every change after it is known.
+
+    Args:
+        student: its parameters are looked at, and
+        optimizer: all that this one holds.
+    """
+
+    def __init__(self, student: nn.Module, optimizer: Optimizer) -> None:
+        self._student = student
+        self._optimizer = optimizer
+        self._left: dict[Tensor, Tensor] = {}
+        self._identities: dict[Tensor, tuple[int, int]] = {}
+        self._before: dict[Tensor, Tensor] = {}
+        self._changed = False
+        # A write through .grad.data or by a GradScaler leaves no mark on the version, so values
+        # are compared. On an accelerator that waits for the device: one clean step is enough.
+        self._trusts_versions = False
+        self._history = ClippingHistory()
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's."""
+        return self._optimizer.param_groups
+
+    def forget(self) -> None:
+        """Of a step that is over, or whose gradients were cleared."""
+        self._left, self._identities, self._before, self._changed = {}, {}, {}, False
+
+    def cleared(self) -> bool:
+        """Whether they were cleared since the last backward pass."""
+        held = [p for p in self._held() if p in self._left]
+        return bool(held) and all(
+            p.grad is None or (not self._unwritten(p) and not p.grad.any()) for p in held
+        )
+
+    def begin(self) -> None:
+        """A backward pass begins."""
+        if self._left:
+            self._changed |= not all(self._as_left(p) for p in self._left)
+        else:
+            there = [p for p in self._params() if p.grad is not None]
+            self._before = dict(zip(there, _copies([_gradient(p) for p in there])))
+
+    def end(self) -> None:
+        """A backward pass ends."""
+        params = [p for p in self._params() if p.grad is not None]
+        self._left = dict(zip(params, _copies([_gradient(p) for p in params])))
+        self._identities = {p: _identity(p) for p in params}
+
+    def accumulated(self, names: Mapping[Tensor, str], loss_scale: float) -> dict[str, Tensor]:
+        """The gradients that this step's backward passes added, by name, before any change.
+
+        Args:
+            names: of the student's parameters.
+            loss_scale: what a GradScaler multiplied the loss by, and the gradients no longer hold.
+        """
+        added = {}
+        for param, left in self._left.items():
+            if param in names:
+                before = self._before.get(param)
+                part = left if before is None else left - before
+                added[names[param]] = part if loss_scale == 1 else part / loss_scale
+        return added
+
+    def clipping(self, names: Mapping[Tensor, str], loss_scale: float) -> Clipping | None:
+        """What was done to the gradients since the last backward pass; None if nothing was.
+
+        Args:
+            names, loss_scale: as for :meth:`accumulated`.
+
+        Raises:
+            ValueError: something else than clipping, or between two backward passes.
+        """
+        if self._changed:
+            raise ValueError(
+                "the gradients were changed between two backward passes of one step, expected them "
+                "to add up: clip or scale them once, after the last backward pass."
+            )
+        params = [p for p in self._left if p.grad is not None]
+        unwritten = all(self._unwritten(p) for p in params) and len(params) == len(self._left)
+        on_cpu = all(p.device.type == "cpu" for p in params)
+        if unwritten and loss_scale == 1 and (self._trusts_versions or not params):
+            return None
+        if on_cpu and unwritten and loss_scale == 1 and all(self._as_left(p) for p in params):
+            return None
+        before = [self._left[p] if loss_scale == 1 else self._left[p] / loss_scale for p in params]
+        held = set(self._held())
+        clipping = self._history.clipping(
+            before, [_gradient(p) for p in params],
+            [names.get(p) for p in params], [p in held for p in params],
+        )
+        self._trusts_versions = clipping is None and not on_cpu
+        return clipping
+
+    def _held(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _params(self) -> list[Tensor]:
+        return list(dict.fromkeys([*self._student.parameters(), *self._held()]))
+
+    def _unwritten(self, param: Tensor) -> bool:
+        return param.grad is not None and self._identities.get(param) == _identity(param)
+
+    def _as_left(self, param: Tensor) -> bool:
+        if self._unwritten(param) and (self._trusts_versions or param.device.type != "cpu"):
+            return True
+        if param.grad is None:
+            return False
+        return _alike(_gradient(param), self._left[param])
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or bool(torch.isclose(one, other, 0, 0, equal_nan=True).all())
+
+
+def _gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad.detach()
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In one call: there are many, and on an accelerator each would be a launch."""
+    return list(torch._foreach_mul(list(tensors), 1.0)) if tensors else []
+
+
+def _identity(param: Tensor) -> tuple[int, int]:
+    assert param.grad is not None
+    return param.grad.data_ptr(), param.grad._version

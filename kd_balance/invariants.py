@@ -1,0 +1,184 @@
+"""Three things that hold whenever the record of a student's steps is true.
+
+1. A replay gives what was recorded: the same losses under the same weights.
+2. A step moves the parameters as the optimizer's formula says, and the next one begins there.
+3. The gradient stepped along is the recorded one. With λ the derivative of the meta loss by it,
+   ⟨gradient, λ⟩ = Σ weights · dL_meta/dweights, where the criterion alone reached the gradient.
+
+Each costs a few sums over numbers that are there anyway. On a CPU a failure raises at once. On an
+accelerator it must not wait: the hypergradient becomes nan, which skips it, and the failure is
+counted by its cause and raised where waiting is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+REPLAY, WEIGHTS, STEP, WINDOW, GRADIENT = "replay", "weights", "step", "window", "gradient"
+
+_BROKEN = {
+    REPLAY: (
+        "the student's call was repeated and gave losses that differ by {error:.1g} (relative), "
+        "expected the same ones: leave inputs, targets, parameters, the student's attributes and "
+        "the criterion's settings alone between the forward pass and step(), draw from no random "
+        "generator of your own, and set torch._inductor.config.fallback_random = True before "
+        "compiling dropout."
+    ),
+    WEIGHTS: (
+        "the weight net gave weights that differ by {error:.1g} (relative) for the same features, "
+        "expected the same ones: use no dropout in it, and let the meta_optimizer alone move it."
+    ),
+    STEP: (
+        "the optimizer's step left parameters that differ by {error:.1g} of its length from its "
+        "own formula's, expected these: move or project them before the forward pass, and clip "
+        "gradients before step() instead of in a hook of the optimizer."
+    ),
+    WINDOW: (
+        "the parameters moved by {error:.1g} (relative) between two steps that one hypergradient "
+        "passes through, expected each to begin where the last one ended: let nothing but "
+        "step() move them, or set unroll=1."
+    ),
+    GRADIENT: (
+        "the gradients differ from the criterion's own by {error:.1g} (relative) along the "
+        "hypergradient's direction, expected the same: remove hooks that change gradients, "
+        "torch.no_grad() around parameters within the student's forward, and changes of gradients "
+        "or of parameters between the forward pass and step()."
+    ),
+}
+_TOLERANCE = {
+    REPLAY: (1e-6, 1e-3, 5e-2),
+    WEIGHTS: (1e-9, 1e-4, 1e-2),
+    STEP: (1e-6, 1e-3, 5e-2),
+    WINDOW: (1e-12, 1e-6, 1e-2),
+    GRADIENT: (1e-6, 1e-3, 5e-2),
+}  # in float64, float32 and less; ten times the second on accelerators, for TF32
+
+
+class Invariants:
+    """Collects what should hold of a meta update, and settles it at once or where it may wait."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, Tensor, float]] = []
+        self._failures: dict[str, Tensor] = {}
+
+    def replayed(self, losses: Tensor, recorded: Tensor, precision: torch.dtype) -> None:
+        """Compares the losses of a repeated call with those that were recorded."""
+        self._compare(REPLAY, [losses], [recorded], precision)
+
+    def weighed(self, weights: Tensor, recorded: Tensor, kept: Tensor | None) -> None:
+        """Compares the weights, where they count, with those that were recorded."""
+        if kept is not None:
+            weights = weights * kept.unsqueeze(1)
+        self._compare(WEIGHTS, [weights], [recorded], weights.dtype)
+
+    def moved(
+        self, predicted: Sequence[Tensor], real: Sequence[Tensor], length: Tensor
+    ) -> None:
+        """Compares what a step of some length made of the parameters with what its formula does."""
+        rounding = torch.finfo(real[0].dtype).eps * _norm(real)
+        error = distance(real, predicted) / (length + 1e3 * rounding).clamp(min=1e-300)
+        self._note(STEP, error, real[0].dtype)
+
+    def began(self, before: Mapping[str, Tensor], ended: Mapping[str, Tensor]) -> None:
+        """Compares the parameters that a step began with and those that the last one left."""
+        names = [name for name in before if name in ended]
+        if names:
+            pair = [before[n] for n in names], [ended[n] for n in names]
+            self._compare(WINDOW, *pair, pair[0][0].dtype)
+
+    def along(
+        self,
+        gradients: Mapping[str, Tensor],
+        direction: Mapping[str, Tensor],
+        products: Iterable[Tensor],
+        precision: torch.dtype,
+    ) -> None:
+        """Compares ⟨gradient, λ⟩ with the products weights · dL_meta/dweights of all samples."""
+        names = [n for n in direction if n in gradients]
+        own, λ = [gradients[n] for n in names], [direction[n] for n in names]
+        if not names:
+            return
+        slope = torch.stack([p.sum() for p in torch._foreach_mul(own, λ)]).sum()
+        parts = torch.cat([p.flatten() for p in products])
+        # each rounding error is as large as that of the longer sum
+        rounding = _norm(own) * _norm(λ)
+        size = parts.abs().sum() + 0.1 * rounding
+        self._note(GRADIENT, (slope - parts.sum()).abs() / size.clamp(min=1e-300), precision)
+
+    def equal(
+        self, gradients: Mapping[str, Tensor], replayed: Mapping[str, Tensor],
+        precision: torch.dtype,
+    ) -> None:
+        """Compares the gradients themselves, where a replay has them all."""
+        names = [name for name in gradients if name in replayed]
+        if names:
+            pair = [replayed[n] for n in names], [gradients[n] for n in names]
+            self._compare(GRADIENT, *pair, precision)
+
+    def forget(self) -> None:
+        self._found = []
+
+    def settle(self) -> Tensor | None:
+        """Ends a meta update.
+
+        Returns:
+            None on a CPU. On an accelerator whether all holds, a bool that nobody has waited for.
+
+        Raises:
+            ValueError: something does not hold, on a CPU.
+        """
+        found, self._found = self._found, []
+        holds = None
+        for cause, error, tolerance in found:
+            fails = error > tolerance  # not for nan, which is skipped and counted elsewhere
+            if error.device.type == "cpu":
+                if fails:
+                    raise ValueError(_BROKEN[cause].format(error=error.item()))
+                continue
+            count = self._failures.get(cause)
+            self._failures[cause] = fails.long() if count is None else count.to(fails.device) + fails
+            holds = ~fails if holds is None else holds & ~fails
+        return holds
+
+    def counts(self) -> dict[str, float]:
+        """Failures by their cause; reading waits for the device."""
+        return {cause: float(count.item()) for cause, count in self._failures.items()}
+
+    def check(self) -> None:
+        """Raises what failed since the last time; waits for the device.
+
+        Raises:
+            ValueError: in one sentence for the first cause.
+        """
+        failures, self._failures = self.counts(), {}
+        for cause, count in failures.items():
+            if count:
+                text = _BROKEN[cause].replace(" by {error:.1g} (relative)", "")
+                text = text.replace(" by {error:.1g} of its length", "")
+                raise ValueError(f"in {count:.0f} meta updates, which were skipped, {text}")
+
+    def _compare(
+        self, cause: str, actual: Sequence[Tensor], expected: Sequence[Tensor],
+        precision: torch.dtype,
+    ) -> None:
+        error = distance(actual, expected) / _norm(expected).clamp(min=1e-300)
+        self._note(cause, error, precision)
+
+    def _note(self, cause: str, error: Tensor, precision: torch.dtype) -> None:
+        exact, single, coarse = _TOLERANCE[cause]
+        if error.device.type != "cpu":
+            single *= 10
+        tolerance = {torch.float64: exact, torch.float32: single}.get(precision, coarse)
+        self._found.append((cause, error.detach(), tolerance))
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    norms = torch._foreach_norm([t.detach() for t in tensors])
+    return torch.stack([norm.double() for norm in norms]).norm()
+
+
+def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    return _norm(torch._foreach_sub([t.detach() for t in one], [t.detach() for t in other]))
