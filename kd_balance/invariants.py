@@ -57,6 +57,14 @@ _TOLERANCE = {
 }  # in float64, float32 and less; ten times the second on accelerators, for TF32
 
 
+class Broken(ValueError):
+    """Something does not hold."""
+
+    def __init__(self, cause: str, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
+
+
 class Invariants:
     """Collects what should hold of a meta update, and settles it at once or where it may wait."""
 
@@ -119,6 +127,7 @@ class Invariants:
             self._compare(GRADIENT, *pair, precision)
 
     def forget(self) -> None:
+        """Gives up what was collected."""
         self._found = []
 
     def settle(self) -> Tensor | None:
@@ -136,7 +145,7 @@ class Invariants:
             fails = error > tolerance  # not for nan, which is skipped and counted elsewhere
             if error.device.type == "cpu":
                 if fails:
-                    raise ValueError(_BROKEN[cause].format(error=error.item()))
+                    raise Broken(cause, _BROKEN[cause].format(error=error.item()))
                 continue
             count = self._failures.get(cause)
             self._failures[cause] = fails.long() if count is None else count.to(fails.device) + fails
@@ -158,7 +167,7 @@ class Invariants:
             if count:
                 text = _BROKEN[cause].replace(" by {error:.1g} (relative)", "")
                 text = text.replace(" by {error:.1g} of its length", "")
-                raise ValueError(f"in {count:.0f} meta updates, which were skipped, {text}")
+                raise Broken(cause, f"in {count:.0f} meta updates, which were skipped, {text}")
 
     def _compare(
         self, cause: str, actual: Sequence[Tensor], expected: Sequence[Tensor],

@@ -23,7 +23,7 @@ from kd_balance.inner_step import (
     is_differentiable,
     predicted,
 )
-from kd_balance.invariants import Invariants, distance
+from kd_balance.invariants import GRADIENT, Broken, Invariants, distance
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import Recorder, Recording
@@ -276,8 +276,7 @@ class BilevelOptimizer(Optimizer):
         except BaseException:
             self._recorder.forget()
             self._invariants.forget()
-            self._window.clear()
-            self._ended = {}
+            self._forget_window()
             if self._moved:
                 self._steps += 1
                 self._open_window()
@@ -357,9 +356,8 @@ class BilevelOptimizer(Optimizer):
         plain = dict(state_dict)
         meta_state = plain.pop("kd_balance", None)
         self.optimizer.load_state_dict(plain)
-        self._window.clear()
+        self._forget_window()
         self._recorder.forget()
-        self._ended = {}
         if meta_state is None:
             warnings.warn(
                 "The checkpoint was written by a plain optimizer: the weight net and its optimizer "
@@ -428,8 +426,12 @@ class BilevelOptimizer(Optimizer):
                 "and the weight net does not learn from it.",
                 stacklevel=4,
             )
-        self._window.clear()
+        self._forget_window()
         self._student_step(closure)
+
+    def _forget_window(self) -> None:
+        self._window.clear()
+        self._ended = {}
 
     def _recorded_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """A step in the middle of an unrolled window."""
@@ -457,8 +459,7 @@ class BilevelOptimizer(Optimizer):
             if self._meta_step(steps, meta_loss):
                 self._reweigh_gradients(inner)
             self._student_step(closure)
-        self._window.clear()
-        self._ended = {}
+        self._forget_window()
 
     def _try_out(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
@@ -466,6 +467,23 @@ class BilevelOptimizer(Optimizer):
         """Goes through the first meta update once before the student moves, for what may fail."""
         _check_single_process(self.student)
         self._objective.try_out(meta_loss)
+        try:
+            self._rehearse(steps, meta_loss)
+        except Broken as broken:
+            if broken.cause != GRADIENT or not self._engine.try_without_forward_mode():
+                raise
+            self._rehearse(steps, meta_loss)
+            warnings.warn(
+                "Forward mode and the backward pass disagree, as they do over torch.no_grad() or "
+                "a hook within the student's forward, so hypergradients go through double "
+                "backward, which costs more time and memory.",
+                stacklevel=4,
+            )
+        self._tried = True
+
+    def _rehearse(
+        self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
+    ) -> None:
         before = steps[-1].update.params
         try:
             self._engine(self.criterion, steps, meta_loss, before, self._invariants)
@@ -477,7 +495,6 @@ class BilevelOptimizer(Optimizer):
             ) from error
         self._invariants.settle()
         self._invariants.check()
-        self._tried = True
 
     def _meta_step(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]

@@ -15,6 +15,8 @@ from kd_balance.loss import WeightedKDLoss
 class Engine(Protocol):
     """Computes the meta loss and its gradients for the weight net's parameters."""
 
+    def try_without_forward_mode(self) -> bool: ...
+
     def __call__(
         self,
         criterion: WeightedKDLoss,

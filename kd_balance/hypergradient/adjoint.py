@@ -34,6 +34,11 @@ class Adjoint:
         self._forward_mode_works = True
         self._double_backward_works = True
 
+    def try_without_forward_mode(self) -> bool:
+        """Goes through double backward from now on; False if it did so already."""
+        worked, self._forward_mode_works = self._forward_mode_works, False
+        return worked
+
     def __call__(
         self,
         criterion: WeightedKDLoss,

@@ -20,6 +20,10 @@ class Unroll:
     it), the recorded value is used and only the criterion's part is differentiated.
     """
 
+    def try_without_forward_mode(self) -> bool:
+        """It knows no other way."""
+        return False
+
     def __call__(
         self,
         criterion: WeightedKDLoss,
