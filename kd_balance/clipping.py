@@ -1,7 +1,7 @@
 """Gradient clipping between backward() and step(), recognised and differentiated.
 
-The loop clips with torch's own functions and tells nobody. The gradients that backward left and those
-at the step tell which clipping took place: what they are is computed and compared in full.
+The loop clips with torch's own functions and tells nobody. The gradients that backward left and
+those at the step tell which clipping took place: its result is computed and compared in full.
 """
 
 from __future__ import annotations
@@ -97,9 +97,8 @@ class ClippingHistory:
             if power != 1 and all(torch.equal(after[i], before[i] * power) for i in touched):
                 # to the last digit: no clipping but a loss scale taken out again
                 return Clipping(own, factor=power, total_norm=math.inf)
-        if 0 < ratio < 1 and all(
-            self._is(after[i], before[i] * ratio, tolerance) for i in touched
-        ):
+        scaled = (self._is(after[i], before[i] * ratio, tolerance) for i in touched)
+        if 0 < ratio < 1 and all(scaled):
             total_norm = sum(numbers[i][1] ** 2 for i in touched) ** 0.5
             self._check_norm(total_norm)
             if not all(held[i] for i in touched if names[i] is not None):
@@ -138,7 +137,7 @@ class ClippingHistory:
 
 
 def _numbers(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """[parameters, 4]: the norms before and after, the inner product, the norm of the difference."""
+    """[parameters, 4]: norms before and after, inner product, norm of the difference."""
     differences = torch._foreach_sub(list(after), list(before))
     products = torch._foreach_mul(list(after), list(before))
     return torch.stack(
@@ -149,4 +148,4 @@ def _numbers(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
             torch.stack(torch._foreach_norm(differences)),
         ),
         1,
-    ).double()
+    )

@@ -13,6 +13,7 @@ counted by its cause and raised where waiting is allowed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,12 +70,14 @@ class Invariants:
     """Collects what should hold of a meta update, and settles it at once or where it may wait."""
 
     def __init__(self) -> None:
+        self.precision = torch.float64
+        """The coarsest number format that the student computes in."""
         self._found: list[tuple[str, Tensor, float]] = []
-        self._failures: dict[str, Tensor] = {}
+        self._failures: dict[str, Any] = {}
 
-    def replayed(self, losses: Tensor, recorded: Tensor, precision: torch.dtype) -> None:
+    def replayed(self, losses: Tensor, recorded: Tensor) -> None:
         """Compares the losses of a repeated call with those that were recorded."""
-        self._compare(REPLAY, [losses], [recorded], precision)
+        self._compare(REPLAY, [losses], [recorded], self.precision)
 
     def weighed(self, weights: Tensor, recorded: Tensor, kept: Tensor | None) -> None:
         """Compares the weights, where they count, with those that were recorded."""
@@ -87,7 +90,7 @@ class Invariants:
     ) -> None:
         """Compares what a step of some length made of the parameters with what its formula does."""
         rounding = torch.finfo(real[0].dtype).eps * _norm(real)
-        error = distance(real, predicted) / (length + 1e3 * rounding).clamp(min=1e-300)
+        error = distance(real, predicted) / (length + 1e3 * rounding).clamp(min=1e-30)
         self._note(STEP, error, real[0].dtype)
 
     def began(self, before: Mapping[str, Tensor], ended: Mapping[str, Tensor]) -> None:
@@ -102,7 +105,6 @@ class Invariants:
         gradients: Mapping[str, Tensor],
         direction: Mapping[str, Tensor],
         products: Iterable[Tensor],
-        precision: torch.dtype,
     ) -> None:
         """Compares ⟨gradient, λ⟩ with the products weights · dL_meta/dweights of all samples."""
         names = [n for n in direction if n in gradients]
@@ -114,17 +116,14 @@ class Invariants:
         # each rounding error is as large as that of the longer sum
         rounding = _norm(own) * _norm(λ)
         size = parts.abs().sum() + 0.1 * rounding
-        self._note(GRADIENT, (slope - parts.sum()).abs() / size.clamp(min=1e-300), precision)
+        self._note(GRADIENT, (slope - parts.sum()).abs() / size.clamp(min=1e-30), self.precision)
 
-    def equal(
-        self, gradients: Mapping[str, Tensor], replayed: Mapping[str, Tensor],
-        precision: torch.dtype,
-    ) -> None:
+    def equal(self, gradients: Mapping[str, Tensor], replayed: Mapping[str, Tensor]) -> None:
         """Compares the gradients themselves, where a replay has them all."""
         names = [name for name in gradients if name in replayed]
         if names:
             pair = [replayed[n] for n in names], [gradients[n] for n in names]
-            self._compare(GRADIENT, *pair, precision)
+            self._compare(GRADIENT, *pair, self.precision)
 
     def forget(self) -> None:
         """Gives up what was collected."""
@@ -147,8 +146,7 @@ class Invariants:
                 if fails:
                     raise Broken(cause, _BROKEN[cause].format(error=error.item()))
                 continue
-            count = self._failures.get(cause)
-            self._failures[cause] = fails.long() if count is None else count.to(fails.device) + fails
+            self._failures[cause] = self._failures.get(cause, 0) + fails.long()
             holds = ~fails if holds is None else holds & ~fails
         return holds
 
@@ -173,7 +171,7 @@ class Invariants:
         self, cause: str, actual: Sequence[Tensor], expected: Sequence[Tensor],
         precision: torch.dtype,
     ) -> None:
-        error = distance(actual, expected) / _norm(expected).clamp(min=1e-300)
+        error = distance(actual, expected) / _norm(expected).clamp(min=1e-30)
         self._note(cause, error, precision)
 
     def _note(self, cause: str, error: Tensor, precision: torch.dtype) -> None:
@@ -186,7 +184,12 @@ class Invariants:
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     norms = torch._foreach_norm([t.detach() for t in tensors])
-    return torch.stack([norm.double() for norm in norms]).norm()
+    return torch.stack([norm.to(_widest(norm)) for norm in norms]).norm()
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    """float64 is not to be had everywhere."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

@@ -467,6 +467,8 @@ class BilevelOptimizer(Optimizer):
         """Goes through the first meta update once before the student moves, for what may fail."""
         _check_single_process(self.student)
         self._objective.try_out(meta_loss)
+        last = steps[-1]
+        self._invariants.precision = last.calls[-1].student_call.precision(last.update.params)
         try:
             self._rehearse(steps, meta_loss)
         except Broken as broken:

@@ -152,7 +152,7 @@ def test_parameters_that_another_optimizer_moved_before_the_step_are_refused():
     inputs, teacher_logits, labels = next(lab.batches(1))
     lab.criterion(lab.student(inputs), teacher_logits, labels).backward()
     other.step()
-    with pytest.raises(ValueError, match="leave inputs, targets and parameters alone"):
+    with pytest.raises(ValueError, match="leave inputs, targets, parameters"):
         lab.optimizer.step()
 
 

@@ -87,8 +87,7 @@ class Adjoint:
             if products:
                 own = step.own_gradients(criterion, params)
                 if own is not None:
-                    precision = step.calls[0].student_call.precision
-                    invariants.along(own, direction, products, precision)
+                    invariants.along(own, direction, products)
         return loss, hypergradient or [torch.zeros_like(p) for p in phi]
 
     def _products(
@@ -104,7 +103,9 @@ class Adjoint:
         """[N, 2] dL_meta/dw of a call, and the Hessian of its loss times `direction`."""
         if with_curvature and self._double_backward_works and not call.student_call.normalises:
             try:
-                return _double_backward(criterion, call, params, direction, with_curvature)
+                return _double_backward(
+                    criterion, call, params, direction, invariants, with_curvature
+                )
             except RuntimeError:  # an operator without second derivative, most likely
                 self._double_backward_works = False
         if self._forward_mode_works:
@@ -192,7 +193,7 @@ def _loss_tangents(
     with torch.enable_grad():
         logits.requires_grad_()
         losses = call.losses(criterion, logits)
-        invariants.replayed(losses, call.recorded_losses, call.student_call.precision)
+        invariants.replayed(losses, call.recorded_losses)
         start = _by_losses(criterion, call, losses).requires_grad_()
         (gradient,) = torch.autograd.grad(losses, logits, start, create_graph=True)
         tangents, gradient_tangent = torch.autograd.grad(
@@ -234,7 +235,7 @@ def _double_backward(
     weights = call.weights.detach().requires_grad_()
     with torch.enable_grad():
         losses = call.losses(criterion, call.logits(leaves))
-        invariants.replayed(losses, call.recorded_losses, call.student_call.precision)
+        invariants.replayed(losses, call.recorded_losses)
         result = criterion.combine(losses, weights, call.targets)
         gradients = torch.autograd.grad(
             result,

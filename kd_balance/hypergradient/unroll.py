@@ -70,7 +70,7 @@ def _training_loss(
         own = call.part_of(params, step.ids)
         mapped = {n: p if n in own else p.detach() for n, p in params.items()}
         losses = call.losses(criterion, call.logits(mapped))
-        invariants.replayed(losses, call.recorded_losses, call.student_call.precision)
+        invariants.replayed(losses, call.recorded_losses)
         weights = criterion.weigh(call.features, losses, criterion.kept(call.targets))
         invariants.weighed(weights, call.weights, criterion.kept(call.targets))
         result = criterion.combine(losses, weights, call.targets)
@@ -101,7 +101,7 @@ def _take(
         """The recorded values, differentiable as the criterion's part of them."""
         if step.alone:
             own = {n: g.detach() for n, g in zip(names, gradients) if g is not None}
-            invariants.equal(step.gradients, own, step.calls[0].student_call.precision)
+            invariants.equal(step.gradients, own)
         changes = {n: g - g.detach() for n, g in zip(names, gradients) if g is not None}
         if update.clipping is not None:
             changes = update.clipping.product(changes, update.grads)
