@@ -230,8 +230,9 @@ class WeightedKDLoss(nn.Module):
             self._kept = kept
             self._weights = weights if kept is None else weights * kept.unsqueeze(1)
             result = self.combine(losses, weights, targets)
-            if result.grad_fn is not None:  # a mark that the loss's graph shows
-                result.grad_fn.metadata[WeightedKDLoss] = self
+            node: Any = result.grad_fn
+            if node is not None:
+                node.metadata[WeightedKDLoss] = self  # a mark that the loss's graph shows
             return result
 
     def losses(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:

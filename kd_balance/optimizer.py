@@ -159,7 +159,7 @@ class BilevelOptimizer(Optimizer):
         self._window: list[InnerStep] = []
         self._tried = False
         self._superseded = False
-        self._warned = False
+        self._warned: set[str] = set()
         self._meta_updates = 0
         self._meta_loss = torch.tensor(float("nan"))
         self._meta_loss_start = torch.tensor(float("nan"))
@@ -297,6 +297,16 @@ class BilevelOptimizer(Optimizer):
         accumulated = self._gradients.accumulated(self._names, scale)
         ids = {name: id(param) for param, name in self._names.items()}
         self._invariants.began(update.params, self._ended)
+        for call in recording.calls:
+            assert call.upstream is not None
+            if getattr(self._weight_net, "mean", None) is None:  # else their mean stands still
+                self._invariants.factor(call.upstream, call.weights)
+        if recording.factor_learns and self.unroll > 1:
+            self._warn_once(
+                "The criterion's result is multiplied by something made of the student's "
+                f"parameters and unroll is {self.unroll}: that factor counts as a constant, so "
+                "hypergradients miss what the weights change through it; unroll=1 misses nothing."
+            )
         return InnerStep(recording.calls, update, accumulated or update.grads, recording.alone, ids)
 
     def close(self) -> None:
@@ -312,8 +322,13 @@ class BilevelOptimizer(Optimizer):
         ``meta_loss``, ``meta_loss_start`` (mean of the first ten), ``hypergradient_norm``,
         ``hard_weight`` and ``soft_weight`` (means over the step's batch; all nan before the first),
         ``meta_updates`` (steps of φ so far) and ``skipped_updates`` (hypergradients that were not
-        finite and counted as zero).
+        finite, or on an accelerator broke an invariant, and counted as zero). The latter stand by
+        their cause in ``skipped_by_…``, once there are some.
+
+        Raises:
+            ValueError: on an accelerator, an invariant broke since the last reading.
         """
+        self._invariants.check()
         hard_weight, soft_weight = self._mean_weights.tolist()
         return {
             "meta_loss": self._meta_loss.item(),
@@ -323,6 +338,7 @@ class BilevelOptimizer(Optimizer):
             "soft_weight": soft_weight,
             "meta_updates": float(self._meta_updates),
             "skipped_updates": float(self._skipped.item()),
+            **{f"skipped_by_{k}": n for k, n in self._invariants.counts().items() if n},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -417,15 +433,17 @@ class BilevelOptimizer(Optimizer):
             self._invariants.moved(list(moved.values()), list(moved), length)
         self._ended = {self._names[p]: copy for p, copy in moved.items() if p in self._names}
 
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=6)
+
     def _unrelated_step(self, closure: Callable[[], Any] | None) -> None:
         """A step on gradients of other losses alone, in a run that knows the criterion."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "A step followed no backward pass of the criterion: it is the plain optimizer's, "
-                "and the weight net does not learn from it.",
-                stacklevel=4,
-            )
+        self._warn_once(
+            "A step followed no backward pass of the criterion: it is the plain optimizer's, and "
+            "the weight net does not learn from it."
+        )
         self._forget_window()
         self._student_step(closure)
 

@@ -80,10 +80,13 @@ class CriterionCall:
             self.upstream, self.reached = upstream, reached
         elif self.reached == reached:
             self.upstream = self.upstream + upstream
-        elif None not in (self.reached, reached) and not self.reached & reached and torch.equal(
-            self.upstream, upstream
+        elif (
+            self.reached is not None
+            and reached is not None
+            and not self.reached & reached
+            and torch.equal(self.upstream, upstream)
         ):
-            self.reached = self.reached | reached
+            self.reached |= reached
         else:
             raise ValueError(
                 "backward passes through one result of the criterion reached different parameters "
@@ -131,6 +134,7 @@ class Recorder:
         self._criterion = criterion
         self._format = ReplayFormat(structure.student)
         self._entered: StudentCall | None = None
+        self._versions: list[int] = []
         self._kept: WeakSet[_Kept] = WeakSet()
         self._walking: dict[int, tuple[CriterionCall, Tensor]] | None = None
         self._forget()
@@ -282,11 +286,13 @@ class Recorder:
             self._entered = StudentCall.about_to_happen(
                 self._structure, args, kwargs, self._format
             )
+            self._versions = self._structure.versions()
 
     def _after_student(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._entered is None:
             return
         call, self._entered = self._entered, None
+        self._structure.note_written(self._versions)
         call.draws_random_numbers = not call.random_state.cpu.equal(torch.get_rng_state())
         for index, leaf in enumerate(leaves_of(output)):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
+
+_OF_MODULES = vars(nn.Module()).keys()
 
 Held = dict[str, Any]
 """One of the dictionaries in which a module keeps its parameters or its buffers."""
@@ -21,6 +25,8 @@ class Structure:
 
     def __init__(self, student: nn.Module) -> None:
         self.student = student
+        self.written: set[str] = set()
+        """Parameters that calls write in place: momentum encoders, bounded embeddings."""
         self._held = 0
         self._walk()
 
@@ -49,6 +55,16 @@ class Structure:
                 self._places += [(held, k, names[t]) for k, t in held.items() if t is not None]
         self._names = {name for _, _, name in self._places}
 
+    def versions(self) -> list[int]:
+        """How often every parameter was written in place."""
+        return [param._version for param in self.parameters]
+
+    def note_written(self, versions: list[int]) -> None:
+        """Remembers the parameters that were written since :meth:`versions`."""
+        if (now := self.versions()) != versions and len(now) == len(versions):
+            pairs = zip(self.parameters.values(), now, versions)
+            self.written |= {name for name, new, old in pairs if new != old}
+
     @contextmanager
     def holding(
         self, tensors: Mapping[str, Tensor | None], training: list[bool]
@@ -56,7 +72,7 @@ class Structure:
         """Lets the student hold other tensors and flags, and gives it back all that it had.
 
         What a call leaves in attributes goes with it: the weights of old-style norm hooks,
-        counters, new buffers.
+        counters, new buffers, what it writes into tensors, lists and dicts.
 
         Args:
             tensors: parameters and buffers by name, in every place of one that has several.
@@ -75,8 +91,19 @@ class Structure:
             for module in self.modules
             for held in (vars(module), module._parameters, module._buffers)
         ]
+        if self.written:
+            live = {name: param for param, name in self.parameters.items()}
+            for name in self.written & live.keys():
+                given = tensors.get(name, live[name])
+                tensors = {**tensors, name: None if given is None else given.clone()}
         self._held += 1
         try:
+            copies: dict[int, Any] = {}
+            for module in self.modules:
+                own = vars(module)
+                for key in own.keys() - _OF_MODULES:
+                    if isinstance(own[key], (Tensor, list, dict, set, deque)):
+                        own[key] = _copy(own[key], copies)
             for module, flag in zip(self.modules, training, strict=True):
                 vars(module)["training"] = flag
             for held, key, name in self._places:
@@ -90,3 +117,20 @@ class Structure:
                 if len(held) > len(values):
                     for key in held.keys() - values.keys():
                         del held[key]
+
+
+def _copy(value: Any, copies: dict[int, Any]) -> Any:
+    """A copy that in-place writes do not reach through; what was one thing stays one thing."""
+    if id(value) in copies:
+        return copies[id(value)]
+    copied: Any = value
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        copied = value.clone()
+    elif isinstance(value, (list, dict, set, deque)):
+        copied = copies[id(value)] = copy(value)
+        if not isinstance(value, set):
+            places = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, part in places:
+                copied[key] = _copy(part, copies)
+    copies[id(value)] = copied
+    return copied

@@ -190,7 +190,12 @@ def _buffers_before(structure: Structure) -> dict[str, Tensor | None]:
         if not (module._forward_hooks or module._forward_pre_hooks)
         for buffer in module._buffers.values()
     }
-    return {n: None if id(b) in unread else b.clone() for b, n in structure.buffers.items()}
+    copies = {n: None if id(b) in unread else b.clone() for b, n in structure.buffers.items()}
+    if structure.written:  # a momentum encoder is a buffer by another name
+        frozen = {n: p.detach().clone() for p, n in structure.parameters.items()
+                  if n in structure.written and not p.requires_grad}
+        copies.update(frozen)
+    return copies
 
 
 def leaves_of(output: Any) -> list[Any]:
