@@ -301,11 +301,11 @@ class BilevelOptimizer(Optimizer):
             assert call.upstream is not None
             if getattr(self._weight_net, "mean", None) is None:  # else their mean stands still
                 self._invariants.factor(call.upstream, call.weights)
-        if recording.factor_learns and self.unroll > 1:
+        if recording.factor_learns:
             self._warn_once(
                 "The criterion's result is multiplied by something made of the student's "
-                f"parameters and unroll is {self.unroll}: that factor counts as a constant, so "
-                "hypergradients miss what the weights change through it; unroll=1 misses nothing."
+                "parameters: that factor counts as a constant, so hypergradients miss what the "
+                "weights change through it."
             )
         return InnerStep(recording.calls, update, accumulated or update.grads, recording.alone, ids)
 

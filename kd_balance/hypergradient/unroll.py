@@ -48,6 +48,8 @@ class Unroll:
                 for name, param in step.update.params.items():
                     params.setdefault(name, param.detach().requires_grad_())
             for step in steps:
+                # a resting layer's gradient is not what an earlier step made of it
+                params = {name: param.view_as(param) for name, param in params.items()}
                 loss = _training_loss(criterion, step, params, invariants)
                 _take(step, loss, params, states, invariants)
             loss = meta_loss(params)
