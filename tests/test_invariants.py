@@ -1,5 +1,7 @@
 """Loops whose record would not be true: right all the same, refused in one sentence, or told."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -467,6 +469,7 @@ def test_the_student_has_taken_the_step_that_broke_and_the_next_one_goes_on():
 
 
 def test_backward_is_torch_s_own_outside_windows_and_after_close():
+    gc.collect()  # optimizers of other tests
     own = torch.autograd.backward
     lab = Lab()
     lab.wrap(every=4, unroll=1)
