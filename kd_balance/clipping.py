@@ -109,7 +109,8 @@ class ClippingHistory:
                 )
             return Clipping(own, factor=ratio, total_norm=total_norm)
         limit = max(after[i].abs().max().item() for i in touched)
-        if limit and all(self._is(after[i], before[i].clamp(-limit, limit), tolerance) for i in touched):
+        cut = (self._is(after[i], before[i].clamp(-limit, limit), tolerance) for i in touched)
+        if limit and all(cut):
             return Clipping(own, limit=limit * (1 - tolerance))
         raise ValueError(
             f"the gradients of {len(touched)} parameters were changed between backward() and "

@@ -1,13 +1,12 @@
 """Loops whose record would not be true: right all the same, refused in one sentence, or told."""
 
-import gc
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss
+from kd_balance import optimizer as optimizers
 from tests.habits import (
     Lab,
     assert_differentiates,
@@ -56,6 +55,16 @@ def in_one_part(lab, inputs, loss):
     loss.backward(inputs=list(lab.student.fc2.parameters()))
 
 
+def other_loss_for_the_rest(lab, inputs, loss):
+    loss.backward(inputs=list(lab.student.fc2.parameters()))
+    F.log_softmax(lab.called(inputs), 1).mean().backward(inputs=list(lab.student.fc1.parameters()))
+
+
+def walked_twice(lab, inputs, loss):
+    loss.backward(retain_graph=True)
+    (0.3 * loss).backward()
+
+
 def probed(lab, inputs, loss):
     torch.autograd.grad(loss, lab.student.fc2.weight, retain_graph=True)
     loss.backward(retain_graph=True)
@@ -86,7 +95,7 @@ def adversarial(lab, inputs, loss):
     loss.backward()
 
 
-GRADIENTS = [in_parts, in_one_part, probed, assigned, once_raised, adversarial]
+GRADIENTS = [in_parts, in_one_part, walked_twice, probed, assigned, once_raised, adversarial]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -94,6 +103,12 @@ GRADIENTS = [in_parts, in_one_part, probed, assigned, once_raised, adversarial]
 def test_what_reached_the_gradients_counts_and_nothing_else(backward, engine):
     assert_differentiates(loop_of(backward, 3), steps=3, settings={"engine": engine})
     assert_leaves_what_the_plain_loop_leaves(loop_of(backward, 3))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameters_that_only_another_loss_reached_have_no_part(engine):
+    settings = {"every": 1, "unroll": 1, "engine": engine}
+    assert_differentiates(loop_of(other_loss_for_the_rest), settings=settings)
 
 
 # gradients changed afterwards
@@ -469,7 +484,8 @@ def test_the_student_has_taken_the_step_that_broke_and_the_next_one_goes_on():
 
 
 def test_backward_is_torch_s_own_outside_windows_and_after_close():
-    gc.collect()  # optimizers of other tests
+    for other in list(optimizers._watching):  # of other tests
+        other.close()
     own = torch.autograd.backward
     lab = Lab()
     lab.wrap(every=4, unroll=1)
