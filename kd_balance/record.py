@@ -128,6 +128,7 @@ class Recorder:
         criterion: WeightedKDLoss,
         gradients: Gradients,
     ) -> None:
+        self._mark = object()  # in graphs, which must not keep this object alive
         self._active = False
         self._gradients = gradients
         self._structure = structure
@@ -266,7 +267,7 @@ class Recorder:
         return False
 
     def _is_output(self, node: Any) -> bool:
-        return self in node.metadata
+        return self._mark in node.metadata
 
     def _is_student(self, node: Any) -> bool:
         variable = getattr(node, "variable", None)
@@ -297,7 +298,7 @@ class Recorder:
         for index, leaf in enumerate(leaves_of(output)):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 node: Any = leaf.grad_fn
-                calls = node.metadata.setdefault(self, {})
+                calls = node.metadata.setdefault(self._mark, {})
                 calls[leaf.output_nr] = self._keep(replace(call, leaf=index))
 
     def _after_criterion(
@@ -358,8 +359,8 @@ class Recorder:
             within: set[Any] = set()
 
             def met(node: Any) -> bool:
-                within.add(self in node.metadata)
-                return self in node.metadata
+                within.add(self._mark in node.metadata)
+                return self._mark in node.metadata
 
             if any(leaf in names for leaf in leaves([argument.grad_fn], met)) or True in within:
                 raise ValueError(
@@ -373,7 +374,7 @@ class Recorder:
         node: Any = logits.grad_fn
         output_nr = logits.output_nr
         while node is not None:
-            kept = node.metadata.get(self, {}).get(output_nr)
+            kept = node.metadata.get(self._mark, {}).get(output_nr)
             if kept is not None and kept.call is not None and kept.call.device == logits.device:
                 return kept.call
             if node.name() != "ToCopyBackward0":
