@@ -1,0 +1,373 @@
+"""A gradcheck of a user's own loop: the hypergradient against the meta loss that it predicts."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_balance import optimizer as optimizers
+from kd_balance.optimizer import BilevelOptimizer
+from kd_balance.replay import RandomState
+from kd_balance.replay.dropout import draw_as_usual, draw_plainly
+from kd_balance.snapshot import Snapshot
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-2}
+_LESS = 0.1  # of formats below float32
+_FIRST_MOVE = {torch.float64: 0.02, torch.float32: 0.4}  # length that φ is moved by
+_HALVINGS = 4
+_PARTED = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`check_hypergradient` found; as a string, one sentence."""
+
+    error: float
+    """Relative difference of slope and hypergradient, the largest; nan where it was refused."""
+    tolerance: float
+    sentence: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def check_hypergradient(
+    optimizer: BilevelOptimizer,
+    step: Callable[[Any], Any],
+    batches: Iterable[Any],
+    *,
+    directions: int = 2,
+    tolerance: float | None = None,
+    raise_exception: bool = True,
+) -> Report:
+    """Compares the hypergradient of your own loop with what moving φ does to the meta loss.
+
+    Runs the coming window of ``optimizer.unroll`` steps: once as it is, for the hypergradient,
+    then by the plain optimizer with φ moved to both sides along random directions, while weights
+    keep the features that they were given. The slope of the meta loss, evaluated after the window
+    on one batch, is extrapolated from several lengths of the move. φ takes no step of its own.
+    For method "lookahead" and "paper" the parameters are those of the virtual step, and the step
+    that the student then takes under the new φ is not looked at.
+
+    Everything is put back bit for bit: the student, both optimizers, random numbers, and what
+    `step` reaches by its variables (schedulers, scalers, averages, counters). Files, prints and
+    iterators are not: take `batches` from a loader of their own.
+
+    Args:
+        optimizer: of the loop, at any point between two of its steps.
+        step: the body of the loop, called with a batch; it calls ``optimizer.step()`` itself, every
+            time or after some micro-batches.
+        batches: enough of them for ``optimizer.unroll`` steps.
+        directions: random directions that φ is moved along.
+        tolerance: relative; default 1e-5 in float64, 0.03 in float32, 0.1 below.
+        raise_exception: False to be told by the report alone.
+
+    Returns:
+        A report with ``error``, ``passed``, and a sentence as its string.
+
+    Raises:
+        RuntimeError: the hypergradient does not predict the meta loss.
+        ValueError: the loop was refused, as in training, or `batches` are too few.
+
+    Example::
+
+        def step(batch):
+            inputs, targets = batch
+            loss = criterion(student(inputs), teacher(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        print(check_hypergradient(optimizer, step, loader))
+
+    Source: central differences, extrapolated as by Ridders, "Accurate computation of F'(x) and
+    F'(x)F''(x)", Advances in Engineering Software 4(2), 1982.
+    """
+    snapshot = Snapshot(optimizer, step)
+    try:
+        window = _Window(optimizer, step, batches, snapshot)
+        report = window.check(directions, tolerance)
+    except ValueError as error:
+        if raise_exception:
+            raise
+        return Report(math.nan, tolerance or 0.0, f"Refused: {error}")
+    finally:
+        snapshot.restore()
+        optimizer._recorder.active = optimizer._recorder.active  # and what it installs in torch
+    if raise_exception and not report.passed:
+        raise RuntimeError(str(report))
+    return report
+
+
+class _Window:
+    """The coming window of a loop, to be run again and again from one state."""
+
+    def __init__(
+        self,
+        optimizer: BilevelOptimizer,
+        step: Callable[[Any], Any],
+        batches: Iterable[Any],
+        snapshot: Snapshot,
+    ) -> None:
+        self._optimizer = optimizer
+        self._step = step
+        self._snapshot = snapshot
+        self._phi = optimizer.criterion.phi
+        self._random_state = RandomState.current(next(optimizer.student.parameters()).device)
+        self._meta_batch = _next_of(optimizer)
+        snapshot.retake()
+        self._batches = self._run_watched(batches)
+
+    def check(self, directions: int, tolerance: float | None) -> Report:
+        precision = self._precision
+        if tolerance is None:
+            tolerance = _TOLERANCE.get(precision, _LESS)
+        with self._features_kept():
+            parted = self._parted()
+            if parted > max(_PARTED.get(precision, 1e-2), 0.1 * tolerance):
+                return Report(parted, 0.0, (
+                    f"The window, run again by the plain optimizer, left a student that differs by "
+                    f"{parted:.1g} (relative to its way), expected the same: draw from torch's, "
+                    "numpy's and Python's own random generators alone, and let step() reach all "
+                    "that it changes by its own variables."
+                ))
+            errors = [self._along(d) for d in self._directions(directions)]
+        error = max(e for e, _ in errors)
+        blur = max(b for _, b in errors)
+        steps = f"{self._optimizer.unroll} step" + "s" * (self._optimizer.unroll > 1)
+        if error <= tolerance:
+            return Report(error, tolerance, (
+                f"The hypergradient through {steps} predicts the meta loss with a relative error "
+                f"of {error:.1g} (tolerance {tolerance:.1g}) along {directions} directions."
+            ))
+        if blur > error / 2:
+            return Report(error, tolerance, (
+                f"The meta loss is too coarse for a check: its slope is known to {blur:.1g} "
+                f"(relative) only, expected {tolerance:.1g}: check a float64 copy of the loop, "
+                "without autocast."
+            ))
+        return Report(error, tolerance, (
+            f"The hypergradient through {steps} predicts the meta loss with a relative error of "
+            f"{error:.1g}, expected at most {tolerance:.1g}: look for functions of the "
+            "criterion's result that are not linear, for factors that learn, for gradients changed "
+            "by other things than clipping, and with unroll above 1 for other loss terms."
+        ))
+
+    def _run_watched(self, batches: Iterable[Any]) -> list[Any]:
+        """Runs the loop as it is, for the hypergradient; returns the batches that it took."""
+        optimizer = self._optimizer
+        taken: list[Any] = []
+        optimizer._tried = False  # so that every check is made
+        optimizer.accumulate, optimizer._accumulated, optimizer._partial_average = 1, 0, []
+        optimizer.meta_optimizer = torch.optim.SGD(self._phi, lr=0.0)
+        skipped = optimizer.metrics["skipped_updates"]
+        self._to_start()
+        updates = optimizer._meta_updates
+        objective, on = optimizer._objective, optimizer._objective.on
+
+        def watched(*args: Any) -> Any:
+            self._meta_loss = on(*args)
+            return self._meta_loss
+
+        objective.on = watched  # type: ignore
+        for batch in batches:
+            taken.append(copy.deepcopy(batch))
+            self._step(batch)
+            if optimizer._steps >= optimizer.every:
+                break
+        else:
+            raise ValueError(
+                f"batches ended after {len(taken)}, expected enough for the {optimizer.unroll} "
+                "steps of a window: give more."
+            )
+        if optimizer._meta_updates == updates:
+            raise ValueError(
+                "the window ended without a meta update, expected one: call the criterion on the "
+                "student's output, backward() and optimizer.step() within step()."
+            )
+        if optimizer.metrics["skipped_updates"] > skipped:
+            raise ValueError(
+                "the hypergradient is not finite or broke an invariant, expected one that holds: "
+                "look at optimizer.metrics after some steps of the loop."
+            )
+        self._precision = optimizer._invariants.precision
+        self._hypergradient = [_grad(p) for p in self._phi]
+        self._left = self._student_parameters()
+        self._snapshot.restore()
+        start = self._student_parameters()
+        self._way = _distance(self._left, start)
+        return taken
+
+    def _to_start(self) -> None:
+        """Lets a window begin with the coming step."""
+        optimizer = self._optimizer
+        optimizer._meta_set.draw = lambda: self._meta_batch  # type: ignore[method-assign]
+        optimizer._recorder.forget()
+        optimizer._forget_window()
+        optimizer._steps = optimizer.every - optimizer.unroll
+        optimizer._open_window()
+        self._random_state.set()
+
+    def _run_plain(self) -> None:
+        """Runs the loop by the plain optimizer, from the same state."""
+        optimizer = self._optimizer
+        optimizers._watching.discard(optimizer)
+        draw_plainly(self)  # the masks of watched steps
+        try:
+            self._to_start()
+            if optimizer.method == "paper":
+                self._end_as_paper()
+            for batch in self._batches:
+                self._step(copy.deepcopy(batch))
+        finally:
+            draw_as_usual(self)
+            optimizers._watching.add(optimizer)
+
+    def _end_as_paper(self) -> None:
+        """Makes the window's last step the virtual one of method "paper"."""
+        optimizer = self._optimizer
+        usual = optimizer._student_step
+
+        def student_step(closure: Any = None) -> None:
+            if optimizer._steps < optimizer.every - 1:
+                usual(closure)
+                return
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            p.sub_(group["lr"] * p.grad)
+
+        optimizer._student_step = student_step  # type: ignore[method-assign]
+
+    @contextmanager
+    def _features_kept(self) -> Iterator[None]:
+        """Gives the weight net the same features in all runs: they count as constants."""
+        seen: list[tuple[Any, ...]] = []
+        self._call = 0
+        self._keeping = False
+
+        def given(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if not self._keeping:
+                seen.append(args)
+            elif self._call < len(seen):
+                args = seen[self._call]
+            self._call += 1
+            return args
+
+        handle = self._optimizer._weight_net.register_forward_pre_hook(given)
+        self._snapshot.retake()
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _parted(self) -> float:
+        """How far the plain optimizer leaves the student from where the wrapped one did."""
+        self._call = 0
+        self._run_plain()
+        if self._optimizer.method == "paper":
+            parted = 0.0  # whose real step is another
+        else:
+            parted = _distance(self._student_parameters(), self._left) / max(self._way, 1e-30)
+        self._snapshot.restore()
+        self._keeping = True
+        return parted
+
+    def _loss(self, move: list[Tensor]) -> float:
+        """The meta loss after the window, φ being moved all the time."""
+        try:
+            self._call = 0
+            with torch.no_grad():
+                for param, part in zip(self._phi, move, strict=True):
+                    param.add_(part)
+            self._run_plain()
+            names = self._optimizer._names
+            with torch.no_grad(), optimizers._modes_of_our_own(self._random_state.device):
+                return self._meta_loss({n: p.detach() for p, n in names.items()}).double().item()
+        finally:
+            self._snapshot.restore()
+
+    def _directions(self, count: int) -> Iterator[list[Tensor]]:
+        """Random, the same length in every tensor, and half along the hypergradient."""
+        generator = torch.Generator().manual_seed(0)
+        norm = _norm(self._hypergradient)
+        for _ in range(count):
+            parts = []
+            for h in self._hypergradient:
+                part = torch.randn(h.shape, generator=generator, dtype=torch.float64)
+                part = part.to(h) / part.norm() / len(self._hypergradient) ** 0.5
+                parts.append(part + h / norm if norm > 0 else part)
+            length = _norm(parts)
+            yield [part / length for part in parts]
+
+    def _along(self, direction: list[Tensor]) -> tuple[float, float]:
+        """The relative error along a direction, and the part of it that may be rounding."""
+        expected = sum((h * d).sum().item() for h, d in zip(self._hypergradient, direction))
+
+        def slope(length: float) -> float:
+            up = self._loss([length * d for d in direction])
+            down = self._loss([-length * d for d in direction])
+            self._size = max(abs(up), abs(down))
+            return (up - down) / (2 * length)
+
+        first = _FIRST_MOVE.get(self._precision, 1.0)
+        found, blur = _extrapolated(slope, first)
+        rounding = 4 * torch.finfo(self._precision).eps * self._size / first
+        size = max(abs(found), abs(expected), _norm(self._hypergradient))
+        if size <= rounding:  # nothing is predicted, and nothing is seen
+            return 0.0, 0.0
+        return abs(found - expected) / size, (blur + rounding) / size
+
+    def _student_parameters(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self._optimizer._names]
+
+
+def _extrapolated(slope: Callable[[float], float], first: float) -> tuple[float, float]:
+    """The slope at length 0 from those at halved lengths, and an estimate of its error."""
+    best, error = math.nan, math.inf
+    before: list[float] = []
+    for i in range(_HALVINGS):
+        row = [slope(first / 2**i)]
+        for j, last in enumerate(before):
+            gain = 4.0 ** (j + 1)
+            row.append((gain * row[j] - last) / (gain - 1))
+            off = max(abs(row[-1] - row[j]), abs(row[-1] - last))
+            if off <= error:
+                best, error = row[-1], off
+        before = row
+    return best, error
+
+
+def _next_of(optimizer: BilevelOptimizer) -> Any:
+    """The coming meta batch, which will be drawn all the same."""
+    meta_set = optimizer._meta_set
+    if meta_set._seen_ahead:
+        return meta_set._seen_ahead[0]
+    with meta_set.look_ahead() as batches:
+        for batch in batches:
+            return batch
+    return meta_set.draw()  # raises, or begins a new pass
+
+
+def _grad(param: Tensor) -> Tensor:
+    return torch.zeros_like(param) if param.grad is None else param.grad.detach().clone()
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    return _norm([a.double() - b.double() for a, b in zip(one, other)])
