@@ -10,6 +10,7 @@ from kd_balance.hard_losses import log_prior
 
 _LARGEST = 4.0  # of the strength, either way
 _HALVINGS = 50
+_OTHERS = 0.05  # weight of the loss of the other classes
 _FLAT = 1e-12  # a slope that says nothing
 
 
@@ -18,12 +19,12 @@ def prior_bias(
 ) -> Tensor:
     """What to subtract from a teacher's logits so that it favours no class for being frequent.
 
-    The bias is τ · log(class frequency), and τ minimises the sum of two losses of the shifted
-    teacher on a class-balanced set: its cross entropy with the labels, and, with each sample's own
-    class left out, its cross entropy with the uniform distribution over the others. So it needs no
-    knowledge of how the teacher was trained: 1 to 2 for one trained with cross entropy, less for
-    one that was balanced. Labels that the teacher knows by heart say nothing of its bias; the
-    second loss, which learning by heart changes less, then decides, and τ comes out too small.
+    The bias is τ · log(class frequency), τ being the number for which the shifted teacher's cross
+    entropy on a class-balanced set is least: 1 to 2 for a teacher trained with cross entropy, about
+    0 for one that is balanced already. So it needs no knowledge of how the teacher was trained.
+    Labels that the teacher knows by heart say nothing of its bias. A twentieth of a second loss
+    decides there: with each sample's own class left out, the cross entropy with the uniform
+    distribution over the others. τ still comes out too small.
 
     Args:
         teacher_logits: [N, C], the teacher's logits on a class-balanced set, best on one that it
@@ -77,9 +78,9 @@ def prior_bias(
 
 
 def _slope(logits: Tensor, labels: Tensor, by_class: Tensor) -> float:
-    """The derivative of the two losses by τ, at logits [N, C] that are shifted already."""
+    """The derivative of both losses by τ, at logits [N, C] that are shifted already."""
     own = by_class[labels]
     of_labels = own - logits.softmax(1) @ by_class
     others = logits.scatter(1, labels.unsqueeze(1), float("-inf")).softmax(1)
     of_others = (by_class.sum() - own) / max(1, len(by_class) - 1) - others @ by_class
-    return (of_labels + of_others).mean().item()
+    return (of_labels + _OTHERS * of_others).mean().item()
