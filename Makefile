@@ -9,7 +9,7 @@ READY := .venv/ready
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## distil a student on long-tailed handwritten digits (about 3 minutes)
+demo: $(READY)  ## distil a student on long-tailed handwritten digits (about 2 minutes)
 	$(BIN)/python examples/digits.py
 
 test: $(READY)  ## lint, check the types, run the tests
