@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-REPORTS = [(ROOT / "benchmarks/results" / name).read_text() for name in ("cpu.md", "snippets.md")]
+RESULTS = ROOT / "benchmarks/results"
+NAMES = ("cpu.md", "snippets.md", *(path.name for path in RESULTS.glob("two-lines*.md")))
+REPORTS = [(RESULTS / name).read_text() for name in NAMES]
 
 
 def accuracies(text, begin, end):
