@@ -177,6 +177,7 @@ class _Window:
         objective, on = optimizer._objective, optimizer._objective.on
 
         def watched(*args: Any) -> Any:
+            self._meta_random = RandomState.current(self._random_state.device)  # dropout's masks
             self._meta_loss = on(*args)
             return self._meta_loss
 
@@ -294,6 +295,7 @@ class _Window:
                     param.add_(part)
             self._run_plain()
             names = self._optimizer._names
+            self._meta_random.set()
             with torch.no_grad(), optimizers._modes_of_our_own(self._random_state.device):
                 return self._meta_loss({n: p.detach() for p, n in names.items()}).double().item()
         finally:

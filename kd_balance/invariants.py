@@ -79,7 +79,7 @@ class Invariants:
     def __init__(self) -> None:
         self.precision = torch.float64
         """The coarsest number format that the student computes in."""
-        self._coincided = torch.tensor(False)
+        self._products: Tensor | None = None
         self._found: list[tuple[str, Tensor, float]] = []
         self._failures: dict[str, Any] = {}
         self._told: dict[str, float] = {}
@@ -97,18 +97,19 @@ class Invariants:
     def factor(self, upstream: Tensor, weights: Tensor) -> None:
         """Looks for a division by the weights' own size, which the loss's graph does not show.
 
-        One coincidence is none: a failure is two in a row.
+        The factor moves from call to call, and its product with that size stands still.
         """
         if upstream.numel() != 1:
             return
         means = torch.cat([weights.mean(0), weights.mean().view(1)])
-        sizes = torch.cat([means, 2 * means[2:]])
-        sizes = torch.cat([sizes, sizes * len(weights)])
-        off = torch.cat([sizes * upstream, sizes / upstream]) - 1
-        same = (off.abs() < 32 * torch.finfo(weights.dtype).eps).any()
-        same &= (upstream.abs().log2().frac() != 0).all() & (weights.std(correction=0) > 0)
-        again, self._coincided = same & self._coincided.to(same.device), same
-        self._note(FACTOR, again.to(weights.dtype), weights.dtype)
+        sizes = torch.cat([means, means * len(weights)])
+        now = torch.cat([upstream.view(1), sizes * upstream, sizes / upstream])
+        before, self._products = self._products, now
+        if before is None:
+            return
+        off, eps = (now / before.to(now) - 1).abs(), torch.finfo(weights.dtype).eps
+        same = (off[0] > 1e3 * eps) & (off[1:] < 32 * eps).any()
+        self._note(FACTOR, same.to(weights.dtype), weights.dtype)
 
     def moved(
         self, predicted: Sequence[Tensor], real: Sequence[Tensor], length: Tensor

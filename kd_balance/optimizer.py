@@ -307,6 +307,12 @@ class BilevelOptimizer(Optimizer):
                 "parameters: that factor counts as a constant, so hypergradients miss what the "
                 "weights change through it."
             )
+        hooked = [n for p, n in self._names.items() if _has_hooks(p)]
+        if hooked and not recording.alone:
+            self._warn_once(
+                f"{hooked[0]} has a gradient hook and another loss reached the gradients too: the "
+                "hook counts as one that changes nothing, so hypergradients are wrong if it does."
+            )
         return InnerStep(recording.calls, update, accumulated or update.grads, recording.alone, ids)
 
     def close(self) -> None:
@@ -476,7 +482,11 @@ class BilevelOptimizer(Optimizer):
         else:
             if self._meta_step(steps, meta_loss):
                 self._reweigh_gradients(inner)
-            self._student_step(closure)
+            if self.method == "lookahead":  # a hook of the step is no part of the virtual one
+                self._predicted_step(closure)
+                self._invariants.settle()
+            else:
+                self._student_step(closure)
         self._forget_window()
 
     def _try_out(
@@ -490,7 +500,10 @@ class BilevelOptimizer(Optimizer):
         try:
             self._rehearse(steps, meta_loss)
         except Broken as broken:
-            if broken.cause != GRADIENT or not self._engine.try_without_forward_mode():
+            # what backward alone sees has no curvature that either mode knows
+            if broken.cause != GRADIENT or len(steps) > 1 or self._engine_name == "unroll":
+                raise
+            if not self._engine.try_without_forward_mode():
                 raise
             self._rehearse(steps, meta_loss)
             warnings.warn(
@@ -506,6 +519,8 @@ class BilevelOptimizer(Optimizer):
     ) -> None:
         before = steps[-1].update.params
         try:
+            if self._engine_name == "unroll" and len(steps) > 1:  # forward mode sees more
+                ENGINES["adjoint"]()(self.criterion, steps, meta_loss, before, self._invariants)
             self._engine(self.criterion, steps, meta_loss, before, self._invariants)
         except RuntimeError as error:
             raise ValueError(
@@ -735,6 +750,10 @@ def _check_modules(student: nn.Module) -> None:
                 f"student has sparse gradients ({name}), expected dense ones: make the embedding "
                 "with sparse=False."
             )
+
+
+def _has_hooks(param: Tensor) -> bool:
+    return bool(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None))
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

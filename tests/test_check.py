@@ -61,6 +61,7 @@ class Loop:
         self.optimizer.step()
         self.scheduler.step()
         self.steps += 1
+        torch.rand(1)
         with torch.no_grad():
             for mine, other in zip(self.average.parameters(), self.student.parameters()):
                 mine.lerp_(other, 0.1)

@@ -1,0 +1,23 @@
+"""Random loops out of a grammar of what people do: right, refused in words, or told by a warning.
+
+    KD_BALANCE_FUZZ=20000 python -m pytest tests/test_fuzz.py
+"""
+
+import os
+
+import pytest
+
+hypothesis = pytest.importorskip("hypothesis")
+
+from tests.fuzz.grammar import programs  # noqa: E402
+from tests.fuzz.verdict import verdict  # noqa: E402
+
+EXAMPLES = int(os.environ.get("KD_BALANCE_FUZZ", 100))
+
+
+@hypothesis.settings(
+    max_examples=EXAMPLES, derandomize=EXAMPLES == 100, database=None, deadline=None
+)
+@hypothesis.given(programs())
+def test_no_loop_gives_a_silently_wrong_number(program):
+    assert not verdict(program).startswith("silent")
