@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from tests.devices import CUDA
-from tests.students import relative_error
+from tests.students import EVERY_STEP, relative_error
 
 LENGTH, WIDTH, CLASSES = 4, 8, 5
 
@@ -185,17 +185,15 @@ def test_the_hypergradient_sees_the_mask_of_the_step(fused, kind, engine):
     assert not fused
 
 
+def wrapped(student, criterion, **windows):
+    inputs, _, targets = batch(99)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.3)
+    return BilevelOptimizer(optimizer, student, criterion, [(inputs, targets)], **windows)
+
+
 def test_steps_outside_a_window_keep_the_fused_kernel(fused):
     student, criterion = student_of(Attention), criterion_of()
-    inputs, _, targets = batch(99)
-    optimizer = BilevelOptimizer(
-        torch.optim.SGD(student.parameters(), lr=0.3),
-        student,
-        criterion,
-        [(inputs, targets)],
-        every=4,
-        unroll=1,
-    )
+    optimizer = wrapped(student, criterion, every=4, unroll=1)
     for k in range(8):
         step(student, criterion, optimizer, k)
     assert len(fused) == 6
@@ -210,16 +208,8 @@ def test_attention_without_dropout_is_left_alone(monkeypatch):
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    student, criterion = student_of(lambda: Attention(dropout=0.0)), criterion_of()
-    inputs, _, targets = batch(99)
-    optimizer = BilevelOptimizer(
-        torch.optim.SGD(student.parameters(), lr=0.3),
-        student,
-        criterion,
-        [(inputs, targets)],
-        every=1,
-        unroll=1,
-    )
+    student = student_of(lambda: Attention(dropout=0.0))
+    optimizer = wrapped(student, criterion_of(), **EVERY_STEP)
     student(batch(0)[0])
     assert allowed == [True]
     optimizer.close()
@@ -227,19 +217,8 @@ def test_attention_without_dropout_is_left_alone(monkeypatch):
 
 def test_a_closed_optimizer_leaves_torch_as_it_was(fused):
     before = F.scaled_dot_product_attention
-    student, criterion = student_of(Attention), criterion_of()
-    inputs, _, targets = batch(99)
-    optimizers = [
-        BilevelOptimizer(
-            torch.optim.SGD(each.parameters(), lr=0.3),
-            each,
-            criterion,
-            [(inputs, targets)],
-            every=1,
-            unroll=1,
-        )
-        for each in (student, student_of(Attention))
-    ]
+    students = [student_of(Attention) for _ in range(2)]
+    optimizers = [wrapped(student, criterion_of(), **EVERY_STEP) for student in students]
     assert F.scaled_dot_product_attention is not before
     optimizers[0].close()
     assert F.scaled_dot_product_attention is not before
