@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping, ClippingHistory
+from kd_balance.replay import Structure
 
 
 class Gradients:
@@ -20,7 +21,7 @@ class Gradients:
         optimizer: all that this one holds.
     """
 
-    def __init__(self, student: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, student: Structure, optimizer: Optimizer) -> None:
         self._student = student
         self._optimizer = optimizer
         self._left: dict[Tensor, Tensor] = {}
@@ -54,12 +55,12 @@ class Gradients:
             self._changed |= not all(self._as_left(p) for p in self._left)
         else:
             there = [p for p in self._params() if p.grad is not None]
-            self._before = dict(zip(there, _copies([_gradient(p) for p in there])))
+            self._before = dict(zip(there, copies([_gradient(p) for p in there])))
 
     def end(self) -> None:
         """A backward pass ends."""
         params = [p for p in self._params() if p.grad is not None]
-        self._left = dict(zip(params, _copies([_gradient(p) for p in params])))
+        self._left = dict(zip(params, copies([_gradient(p) for p in params])))
         self._identities = {p: _identity(p) for p in params}
 
     def accumulated(self, names: Mapping[Tensor, str], loss_scale: float) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ class Gradients:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _params(self) -> list[Tensor]:
-        return list(dict.fromkeys([*self._student.parameters(), *self._held()]))
+        return list(dict.fromkeys([*self._student.parameters, *self._held()]))
 
     def _unwritten(self, param: Tensor) -> bool:
         return param.grad is not None and self._identities.get(param) == _identity(param)
@@ -133,11 +134,11 @@ def _gradient(param: Tensor) -> Tensor:
     return param.grad.detach()
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """In one call: there are many, and on an accelerator each would be a launch."""
-    return list(torch._foreach_mul(list(tensors), 1.0)) if tensors else []
-
-
 def _identity(param: Tensor) -> tuple[int, int]:
     assert param.grad is not None
     return param.grad.data_ptr(), param.grad._version
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In one call: there are many, and on an accelerator each would be a launch."""
+    return list(torch._foreach_mul(list(tensors), 1)) if tensors else []

@@ -20,8 +20,10 @@ import higher
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from kd_balance.clipping import Clipping
+from kd_balance.gradients import copies
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
 from kd_balance.step_products import adam_product, sgd_product
@@ -244,13 +246,11 @@ class Update:
                 key: value.clone() if isinstance(value, Tensor) else value
                 for key, value in group.options.items()
             }
-            group.params = _copies(group.params)
+            group.params = copies(group.params)
             if grads:
-                group.grads = _copies(group.grads)
+                group.grads = copies(group.grads)
             if states or not group.is_linear:
-                keys = dict.fromkeys(key for state in group.states for key in state)
-                held = {k: iter(_copies([s[k] for s in group.states if k in s])) for k in keys}
-                group.states = [{k: next(held[k]) for k in state} for state in group.states]
+                group.states = _copied(group.states)
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -336,25 +336,39 @@ class InnerStep:
         return {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
 
 
+def steps_as_written(optimizer: Optimizer) -> bool:
+    """Whether a step runs nothing but torch's own code, without hooks and patches."""
+    patch = vars(optimizer).get("step")  # schedulers wrap it
+    return is_differentiable(optimizer) and not (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or (patch is not None and getattr(patch, "__wrapped__", None) is not type(optimizer).step)
+        or hasattr(optimizer, "grad_scale")  # of a GradScaler, for a fused step
+    )
+
+
 def predicted(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     """What the coming step makes of every parameter by the optimizer's own formula, hooks aside."""
     held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not held:
         return {}
-    moved = dict(zip(held, torch._foreach_mul([p.detach() for p in held], 1.0), strict=True))
+    moved = dict(zip(held, copies([p.detach() for p in held]), strict=True))
     shadow = object.__new__(type(optimizer))
     vars(shadow).update(vars(optimizer))
     shadow.param_groups = [
-        {**group, "params": [moved[p] for p in group["params"] if p in moved]}
+        {
+            **group,
+            "params": [moved[p] for p in group["params"] if p in moved],
+            "foreach": not (group.get("fused") or group.get("differentiable")),
+        }
         for group in optimizer.param_groups
     ]
-    shadow.state = defaultdict(dict)
+    states = _copied([dict(optimizer.state.get(p, {})) for p in held])
+    shadow.state = defaultdict(dict, zip(moved.values(), states, strict=True))
     for param, copy in moved.items():
         copy.grad = None if param.grad is None else param.grad.detach()
-        if state := optimizer.state.get(param):
-            shadow.state[copy] = {
-                k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()
-            }
     shadow._optimizer_step_pre_hooks = OrderedDict()
     shadow._optimizer_step_post_hooks = OrderedDict()
     type(optimizer).step(shadow)
@@ -363,11 +377,17 @@ def predicted(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     return moved
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    copies = [torch.empty_like(tensor) for tensor in tensors]
-    if copies:
-        torch._foreach_copy_(copies, tensors)
-    return copies
+def _copied(states: list[State]) -> list[State]:
+    by_key: dict[str, list[Tensor]] = defaultdict(list)
+    for state in states:
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                by_key[key].append(value)
+    held = {key: iter(copies(tensors)) for key, tensors in by_key.items()}
+    return [
+        {k: next(held[k]) if isinstance(v, Tensor) else v for k, v in state.items()}
+        for state in states
+    ]
 
 
 def _alike(group: GroupUpdate) -> list[list[int]]:

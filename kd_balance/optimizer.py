@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping
-from kd_balance.gradients import Gradients
+from kd_balance.gradients import Gradients, copies
 from kd_balance.hypergradient import ENGINES
 from kd_balance.inner_step import (
     DIFFERENTIABLE,
@@ -22,6 +22,7 @@ from kd_balance.inner_step import (
     Update,
     is_differentiable,
     predicted,
+    steps_as_written,
 )
 from kd_balance.invariants import GRADIENT, Broken, Invariants, distance
 from kd_balance.loss import WeightedKDLoss
@@ -168,7 +169,7 @@ class BilevelOptimizer(Optimizer):
         self._skipped = torch.zeros((), dtype=torch.long)
         self.__setstate__({})  # gives this optimizer its own step hooks
         _supersede_wrapper_of(module)
-        self._gradients = Gradients(module, optimizer)
+        self._gradients = Gradients(self._structure, optimizer)
         self._recorder = Recorder(student, self._structure, criterion, self._gradients)
         self._invariants = Invariants()
         self._ended: dict[str, Tensor] = {}  # the parameters that the window's last step left
@@ -427,17 +428,30 @@ class BilevelOptimizer(Optimizer):
         else:
             self.optimizer.step()
 
-    def _predicted_step(self, closure: Callable[[], Any] | None) -> None:
-        """The student's step, compared with what its formula says."""
-        if not is_differentiable(self.optimizer):
-            self._student_step(closure)
-            return
-        moved = predicted(self.optimizer)
+    def _checked_step(self, closure: Callable[[], Any] | None, *, ends: bool) -> None:
+        """The student's step, held against its formula where anything but that may move it.
+
+        Args:
+            closure: of the step.
+            ends: whether it is the last one of a window.
+        """
+        looks = is_differentiable(self.optimizer) and (
+            self._is_rare or not steps_as_written(self.optimizer)
+        )
+        moved = predicted(self.optimizer) if looks else {}
         length = distance(list(moved.values()), list(moved)) if moved else None
         self._student_step(closure)
         if length is not None:
             self._invariants.moved(list(moved.values()), list(moved), length)
-        self._ended = {self._names[p]: copy for p, copy in moved.items() if p in self._names}
+        if not ends:
+            held = {n: p.detach() for p, n in self._names.items() if p.grad is not None}
+            self._ended = dict(zip(held, copies(list(held.values()))))
+
+    @property
+    def _is_rare(self) -> bool:
+        """Whether costly checks are due, as at the first window and ever more rarely after it."""
+        windows = self._meta_updates * self.accumulate + self._accumulated
+        return windows & (windows + 1) == 0
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
@@ -460,7 +474,7 @@ class BilevelOptimizer(Optimizer):
     def _recorded_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """A step in the middle of an unrolled window."""
         inner.update.freeze(grads=True, states=self._engine_name == "unroll")
-        self._predicted_step(closure)
+        self._checked_step(closure, ends=False)
         self._window.append(inner)
 
     def _bilevel_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
@@ -471,19 +485,18 @@ class BilevelOptimizer(Optimizer):
         for step in steps:
             for call in step.calls:
                 call.check_versions()
-        windows = self._meta_updates * self.accumulate + self._accumulated
-        inner.replay_gradients = windows & (windows + 1) == 0  # at the first, and ever more rarely
+        inner.replay_gradients = self._is_rare
         if not self._tried:
             self._try_out(steps, meta_loss)
         if self.method == "online":
             inner.update.freeze(grads=False, states=self._engine_name == "unroll")
-            self._predicted_step(closure)
+            self._checked_step(closure, ends=True)
             self._meta_step(steps, meta_loss)
         else:
             if self._meta_step(steps, meta_loss):
                 self._reweigh_gradients(inner)
             if self.method == "lookahead":  # a hook of the step is no part of the virtual one
-                self._predicted_step(closure)
+                self._checked_step(closure, ends=True)
                 self._invariants.settle()
             else:
                 self._student_step(closure)
