@@ -94,6 +94,8 @@ class Invariants:
         """Compares the weights, where they count, with those that were recorded."""
         if kept is not None:
             weights = weights * kept.unsqueeze(1)
+        if _surely_equal([weights], [recorded]):
+            return
         self._compare(WEIGHTS, [weights], [recorded], weights.dtype)
 
     def factor(self, upstream: Tensor, weights: Tensor) -> None:
@@ -203,7 +205,7 @@ class Invariants:
         self, cause: str, actual: Sequence[Tensor], expected: Sequence[Tensor],
         precision: torch.dtype,
     ) -> None:
-        error = distance(actual, expected) / _norm(expected).clamp(min=1e-30)
+        error = distance(actual, expected) / (_norm(expected) + 1e-30)
         self._note(cause, error, precision)
 
     def _note(self, cause: str, error: Tensor, precision: torch.dtype) -> None:
@@ -225,19 +227,21 @@ def _surely_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     """The inner product: without a copy on a CPU, in few launches elsewhere."""
-    if all(a.device.type == "cpu" and a.dtype == b.dtype and a.dtype in _WIDE
-           for a, b in zip(one, other, strict=True)):
-        return torch.stack([a.reshape(-1).dot(b.reshape(-1)) for a, b in zip(one, other)]).sum()
+    formats = {t.dtype for t in (*one, *other)}
+    if one[0].device.type == "cpu" and len(formats) == 1 and formats <= _WIDE:
+        return torch.stack([a.flatten().dot(b.flatten()) for a, b in zip(one, other)]).sum()
     return torch.cat([p.flatten() for p in torch._foreach_mul(list(one), list(other))]).sum()
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    if len(tensors) == 1 and tensors[0].dtype in _WIDE:
+        return tensors[0].detach().norm()
     norms = list(torch._foreach_norm([t.detach() for t in tensors]))
     formats = {norm.dtype for norm in norms}
     if len(formats) > 1 or not formats <= _WIDE:
         widest = functools.reduce(torch.promote_types, formats, torch.float32)
         norms = [norm.to(widest) for norm in norms]
-    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    return torch.stack(norms).norm()
 
 
 def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

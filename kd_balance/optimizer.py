@@ -298,9 +298,10 @@ class BilevelOptimizer(Optimizer):
         accumulated = self._gradients.accumulated(self._names, scale)
         ids = {name: id(param) for param, name in self._names.items()}
         self._invariants.began(update.params, self._ended)
-        for call in recording.calls:
-            assert call.upstream is not None
-            if getattr(self._weight_net, "mean", None) is None:  # else their mean stands still
+        # a net that keeps its mean has nothing to divide by
+        if self._is_rare and getattr(self._weight_net, "mean", None) is None:
+            for call in recording.calls:
+                assert call.upstream is not None
                 self._invariants.factor(call.upstream, call.weights)
         if recording.factor_learns:
             self._warn_once(
