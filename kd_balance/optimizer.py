@@ -484,9 +484,9 @@ class BilevelOptimizer(Optimizer):
         meta_loss = self._objective.on(batch, inner.calls[-1].student_call)
         steps = [*self._window, inner]
         for step in steps:
+            step.replay_gradients = self._is_rare
             for call in step.calls:
                 call.check_versions()
-        inner.replay_gradients = self._is_rare
         if not self._tried:
             self._try_out(steps, meta_loss)
         if self.method == "online":

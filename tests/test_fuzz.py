@@ -9,15 +9,26 @@ import pytest
 
 hypothesis = pytest.importorskip("hypothesis")
 
-from tests.fuzz.grammar import programs  # noqa: E402
+from tests.fuzz.grammar import program, programs  # noqa: E402
 from tests.fuzz.verdict import verdict  # noqa: E402
 
-EXAMPLES = int(os.environ.get("KD_BALANCE_FUZZ", 100))
+EXAMPLES = int(os.environ.get("KD_BALANCE_FUZZ", 200))
 
 
 @hypothesis.settings(
-    max_examples=EXAMPLES, derandomize=EXAMPLES == 100, database=None, deadline=None
+    max_examples=EXAMPLES, derandomize=EXAMPLES == 200, database=None, deadline=None
 )
 @hypothesis.given(programs())
 def test_no_loop_gives_a_silently_wrong_number(program):
     assert not verdict(program).startswith("silent")
+
+
+FOUND = [
+    program(unroll=2, deeds=[("hooks", "activation"), ("loss", "cross entropy")]),
+    program(unroll=2, engine="unroll", deeds=[("hooks", "no_grad within"), ("loss", "penalty")]),
+]
+
+
+@pytest.mark.parametrize("loop", FOUND, ids=repr)
+def test_what_was_silent_once_is_not(loop):
+    assert not verdict(loop).startswith("silent")
