@@ -42,6 +42,11 @@ class Gradients:
         """Of a step that is over, or whose gradients were cleared."""
         self._left, self._identities, self._before, self._changed = {}, {}, {}, False
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no backward pass has reached them in this step."""
+        return not self._left
+
     def cleared(self) -> bool:
         """Whether they were cleared since the last backward pass."""
         held = [p for p in self._held() if p in self._left]

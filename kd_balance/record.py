@@ -106,11 +106,13 @@ class _Kept:
 class Recording:
     """What is known of the gradients that a step is about to use."""
 
-    calls: list[CriterionCall]
-    alone: bool
+    calls: list[CriterionCall] = field(default_factory=list)
+    alone: bool = True
     """Whether nothing but these calls reached the student's gradients."""
     factor_learns: bool = False
     """Whether a result was multiplied by something made of the student's parameters."""
+    complaint: ValueError | None = None
+    """Why it cannot be repeated."""
 
 
 class Recorder:
@@ -146,11 +148,9 @@ class Recorder:
         ]
 
     def _forget(self) -> None:
-        self._calls: list[CriterionCall] = []
-        self._by_hand: dict[int, tuple[CriterionCall, Tensor]] = {}
-        self._alone = True
-        self._factor_learns = False
-        self._complaint: ValueError | None = None
+        self._recording = Recording()
+        self._by_hand = Recording()  # of torch.autograd.grad, which leaves nothing in .grad
+        self._walked_by_hand: dict[int, tuple[CriterionCall, Tensor]] = {}
         self._gradients.forget()
 
     @property
@@ -163,7 +163,7 @@ class Recorder:
         self._active = active
         if active:
             draw_plainly(self)
-            watch(self, "around_backward")
+            watch(self, "around_pass")
         else:
             draw_as_usual(self)
             ignore(self)
@@ -177,15 +177,22 @@ class Recorder:
         Raises:
             ValueError: what the loop's backward passes did cannot be repeated.
         """
-        if self._complaint is not None:
-            complaint = self._complaint
-            self.forget()
-            raise complaint
-        if not self._calls:
-            for call, upstream in self._by_hand.values():
+        recording = self._recording
+        if not recording.calls and recording.complaint is None and self._walked_by_hand:
+            recording = self._by_hand
+            if not self._gradients.untouched:
+                recording.complaint = ValueError(
+                    "only torch.autograd.grad went through the criterion's result while another "
+                    "loss went through backward(), expected one of the two for both: call "
+                    "backward() on the criterion's result too, or probe it after step()."
+                )
+            for call, upstream in self._walked_by_hand.values():
                 call.walked(upstream, None)
-                self._calls.append(call)
-        return Recording(self._calls, self._alone, self._factor_learns)
+                recording.calls.append(call)
+        if recording.complaint is not None:
+            self.forget()
+            raise recording.complaint
+        return recording
 
     def forget(self) -> None:
         """Begins a new step."""
@@ -195,7 +202,7 @@ class Recorder:
 
     def gradients_cleared(self) -> None:
         """Forgets the calls whose gradients are gone."""
-        for call in self._calls:
+        for call in self._recording.calls:
             call.upstream, call.reached = None, None
         self._forget()
 
@@ -206,54 +213,64 @@ class Recorder:
             handle.remove()
 
     @contextmanager
-    def around_backward(
-        self, roots: Sequence[Tensor], inputs: Sequence[Tensor] | None
+    def around_pass(
+        self, roots: Sequence[Tensor], inputs: Sequence[Tensor] | None, accumulates: bool
     ) -> Iterator[None]:
-        """What a backward pass runs within: it adds the calls that it went through."""
+        """What a pass through a graph runs within: it adds the calls that it went through."""
         if self._walking is not None:  # of a checkpoint, within another one
             yield
             return
-        if self._gradients.cleared():  # unseen, of a step that was given up
-            self.gradients_cleared()
+        if accumulates:
+            if self._gradients.cleared():  # unseen, of a step that was given up
+                self.gradients_cleared()
+            self._gradients.begin()
         reached = None if inputs is None else frozenset(map(id, inputs))
         learns = reached is None or any(id(p) in reached for p in self._structure.parameters)
-        self._gradients.begin()
         self._walking = {}
         try:
             yield
         except BaseException:
-            self._walking = None
-            self._forget()
+            if accumulates:
+                self._forget()
             raise
-        walked, self._walking = self._walking, None
+        finally:
+            walked, self._walking = self._walking, None
         if not learns:
             return
+        if not accumulates:
+            self._walked_by_hand.update(walked)
+            if walked:
+                self._look_around(roots, walked, self._by_hand)
+            return
         self._gradients.end()
+        self._look_around(roots, walked, self._recording)
         try:
-            self._look_around(roots, walked)
             for call, upstream in walked.values():
                 if call.upstream is None:
-                    self._calls.append(call)
+                    self._recording.calls.append(call)
                 call.walked(upstream, reached)
         except ValueError as complaint:
-            self._complaint = self._complaint or complaint
+            self._recording.complaint = self._recording.complaint or complaint
 
-    def _look_around(self, roots: Sequence[Tensor], walked: Mapping[int, Any]) -> None:
-        """Notes what else the gradients are made of.
-
-        Raises:
-            ValueError: the calls' part of them is no constant times the gradients of their results.
-        """
+    def _look_around(
+        self, roots: Sequence[Tensor], walked: Mapping[int, Any], recording: Recording
+    ) -> None:
+        """Notes what else the gradients are made of, and whether it can be repeated."""
         nodes = [root.grad_fn for root in roots if root.grad_fn is not None]
-        found = surroundings(nodes, self._is_result, self._is_student)
-        self._alone &= found.alone and bool(walked)
-        self._factor_learns |= found.factor_learns
-        if found.nonlinear is not None:
-            raise ValueError(
-                f"the criterion's result went through {found.nonlinear.lower()} before backward(), "
-                "expected sums and factors that do not depend on it: the weights would change the "
-                "factor too, so put the function into hard_loss and soft_loss, or leave it out."
-            )
+        try:
+            found = surroundings(nodes, self._is_result, self._is_student)
+            if found.nonlinear is not None:
+                raise ValueError(
+                    f"the criterion's result went through {found.nonlinear.lower()} before the "
+                    "backward pass, expected sums and factors that do not depend on it: the "
+                    "weights would change the factor too, so put the function into hard_loss and "
+                    "soft_loss, or leave it out."
+                )
+        except ValueError as complaint:
+            recording.complaint = recording.complaint or complaint
+            return
+        recording.alone &= found.alone and bool(walked)
+        recording.factor_learns |= found.factor_learns
 
     def _is_result(self, node: Any) -> bool:
         criterion = node.metadata.get(WeightedKDLoss)
@@ -318,11 +335,18 @@ class Recorder:
         def remember(gradient: Tensor) -> None:
             if (call := kept.call) is None:
                 return  # a step has passed since the criterion was called
-            into = self._by_hand if self._walking is None else self._walking
+            walked = self._walking
+            if walked is None:
+                walked = self._walked_by_hand
+                self._by_hand.complaint = ValueError(
+                    "a pass through the criterion's result began unseen, expected one that can be "
+                    "watched: call loss.backward(), or write torch.autograd.grad out instead of "
+                    "importing grad by its name."
+                )
             gradient = gradient.detach().clone()
-            if self._walking is not None and id(call) in into:
-                gradient = into[id(call)][1] + gradient
-            into[id(call)] = call, gradient
+            if self._walking is not None and id(call) in walked:
+                gradient = walked[id(call)][1] + gradient
+            walked[id(call)] = call, gradient
 
         loss.register_hook(remember)
 

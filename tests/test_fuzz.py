@@ -26,6 +26,8 @@ def test_no_loop_gives_a_silently_wrong_number(program):
 FOUND = [
     program(unroll=2, deeds=[("hooks", "activation"), ("loss", "cross entropy")]),
     program(unroll=2, engine="unroll", deeds=[("hooks", "no_grad within"), ("loss", "penalty")]),
+    program(deeds=[("backward", "by autograd.grad"), ("loss", "log")]),
+    program(windows=2, deeds=[("backward", "other loss alone"), ("backward", "probed before")]),
 ]
 
 

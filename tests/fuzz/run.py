@@ -108,6 +108,8 @@ class Run:
         ).double()
         self.phi = list(net.parameters())
         self.start = [p.detach().clone() for p in self.phi]
+        if program.student == "norm" and program.does("between", "train to eval"):
+            self.student.middle.momentum = 0.0  # running statistics are constants
         if program.does("time", "thawed later"):
             self.student.first.requires_grad_(False)
         self.teacher = nn.Linear(INPUTS, CLASSES).double()
@@ -490,7 +492,10 @@ class Run:
         if does("learned factor"):
             loss = torch.exp(-student.log_scale) * loss + student.log_scale
         if does("over mean weight"):
-            loss = loss / criterion.weights.mean()
+            mean = criterion.weights.mean()
+            # beside another number nobody can tell what it is
+            alone = not (does("own value") or does("exponential average"))
+            loss = loss / (mean if alone else self._number(mean))
         if does("twice"):
             loss = loss + 0.5 * loss
         if does("shared weight net"):
