@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import grad
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss
 from kd_balance import optimizer as optimizers
@@ -111,6 +112,30 @@ def test_parameters_that_only_another_loss_reached_have_no_part(engine):
     assert_differentiates(loop_of(other_loss_for_the_rest), settings=settings)
 
 
+def test_a_pass_that_nobody_could_watch_is_refused_where_the_step_depends_on_it():
+    def by_name(lab, inputs, loss):
+        params = list(lab.student.parameters())
+        for param, gradient in zip(params, grad(loss.square(), params)):
+            param.grad = gradient
+
+    def probed_by_name(lab, inputs, loss):
+        grad(loss, lab.student.fc2.weight, retain_graph=True)
+        loss.backward()
+
+    assert_refused(loop_of(by_name), "began unseen")
+    assert_differentiates(loop_of(probed_by_name), settings={"every": 1, "unroll": 1})
+
+
+def test_gradients_from_autograd_beside_another_loss_s_backward_are_refused():
+    def backward(lab, inputs, loss):
+        grads = torch.autograd.grad(loss, list(lab.student.parameters()))
+        F.log_softmax(lab.called(inputs), 1).mean().backward()
+        for param, gradient in zip(lab.student.parameters(), grads):
+            param.grad += gradient
+
+    assert_refused(loop_of(backward), "only torch.autograd.grad went through")
+
+
 # gradients changed afterwards
 
 
@@ -156,6 +181,13 @@ def test_gradients_from_autograd_that_were_changed_are_refused():
         lab.student.fc1.weight.grad *= 0.5
 
     assert_refused(loop_of(backward), "gradients differ from the criterion's own")
+
+
+def test_a_function_of_the_result_before_autograd_is_refused():
+    def backward(lab, inputs, loss):
+        assigned(lab, inputs, loss.log())
+
+    assert_refused(loop_of(backward), "went through log before")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
