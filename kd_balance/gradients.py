@@ -27,6 +27,8 @@ class Gradients:
         self._left: dict[Tensor, Tensor] = {}
         self._identities: dict[Tensor, tuple[int, int]] = {}
         self._before: dict[Tensor, Tensor] = {}
+        self.carried = False
+        """Whether a step began with gradients that an earlier one left."""
         self._changed = False
         # A write through .grad.data or by a GradScaler leaves no mark on the version, so values
         # are compared. On an accelerator that waits for the device: one clean step is enough.
@@ -40,7 +42,7 @@ class Gradients:
 
     def forget(self) -> None:
         """Of a step that is over, or whose gradients were cleared."""
-        self._left, self._identities, self._before, self._changed = {}, {}, {}, False
+        self._left, self._before, self._changed, self.carried = {}, {}, False, False
 
     @property
     def untouched(self) -> bool:
@@ -61,6 +63,7 @@ class Gradients:
         else:
             there = [p for p in self._params() if p.grad is not None]
             self._before = dict(zip(there, copies([_gradient(p) for p in there])))
+            self.carried = any(map(self._carries, there))
 
     def end(self) -> None:
         """A backward pass ends."""
@@ -121,6 +124,11 @@ class Gradients:
 
     def _unwritten(self, param: Tensor) -> bool:
         return param.grad is not None and self._identities.get(param) == _identity(param)
+
+    def _carries(self, param: Tensor) -> bool:
+        """Whether a gradient holds something; on an accelerator, whether nobody wrote to it."""
+        gradient = _gradient(param)
+        return bool(gradient.any()) if gradient.device.type == "cpu" else self._unwritten(param)
 
     def _as_left(self, param: Tensor) -> bool:
         if self._unwritten(param) and (self._trusts_versions or param.device.type != "cpu"):

@@ -367,8 +367,9 @@ def predicted(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     ]
     states = _copied([dict(optimizer.state.get(p, {})) for p in held])
     shadow.state = defaultdict(dict, zip(moved.values(), states, strict=True))
-    for param, copy in moved.items():
-        copy.grad = None if param.grad is None else param.grad.detach()
+    gradients = copies([p.grad.detach() for p in held if p.grad is not None])
+    for copy, gradient in zip(moved.values(), gradients, strict=True):
+        copy.grad = gradient  # torch adds Nesterov's momentum in place
     shadow._optimizer_step_pre_hooks = OrderedDict()
     shadow._optimizer_step_post_hooks = OrderedDict()
     type(optimizer).step(shadow)

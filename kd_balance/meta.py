@@ -46,6 +46,15 @@ class MetaSet:
                 return batch
         raise ValueError("meta_loader yields no batch, expected at least one: give it samples.")
 
+    def peek(self) -> Any:
+        """The next batch, which will be drawn all the same."""
+        if not self._seen_ahead:
+            for _ in range(2):
+                with self.look_ahead() as batches:
+                    for batch in batches:
+                        return batch
+        return self._seen_ahead[0] if self._seen_ahead else self.draw()
+
     @contextmanager
     def look_ahead(self) -> Iterator[Iterator[Any]]:
         """The coming batches, to the end of the pass; they will be drawn all the same."""

@@ -158,7 +158,8 @@ class BilevelOptimizer(Optimizer):
         self._partial_average: list[Tensor] = []
         self._accumulated = 0
         self._window: list[InnerStep] = []
-        self._tried = False
+        self._looked = False  # at a step alone
+        self._tried = False  # through a whole window
         self._superseded = False
         self._warned: set[str] = set()
         self._meta_updates = 0
@@ -263,14 +264,17 @@ class BilevelOptimizer(Optimizer):
         self._moved = False
         try:
             recording = self._recorder.take()
-            if not recording.calls and self._tried:
+            if not recording.calls and self._looked:
                 self._unrelated_step(closure)
                 return
             self._recorder.active = False
             self._structure.refresh()  # layers may have been replaced
             with _modes_of_our_own(next(self._weight_net.parameters()).device):
                 inner = self._inner_step(recording)
-                if self._window_position == self.every - 1:
+                if not self._in_window:
+                    self._look_at_first_step(inner)
+                    self._student_step(closure)
+                elif self._window_position == self.every - 1:
                     self._bilevel_step(inner, closure)
                 else:
                     self._recorded_step(inner, closure)
@@ -308,6 +312,12 @@ class BilevelOptimizer(Optimizer):
                 "The criterion's result is multiplied by something made of the student's "
                 "parameters: that factor counts as a constant, so hypergradients miss what the "
                 "weights change through it."
+            )
+        if self._gradients.carried and self._window:
+            self._warn_once(
+                "Gradients of an earlier step were not cleared: they count as constants, so "
+                "hypergradients through several steps miss what the weights change through them; "
+                "call zero_grad() in every step, or set unroll=1."
             )
         hooked = [n for p, n in self._names.items() if _has_hooks(p)]
         if hooked and not recording.alone:
@@ -414,10 +424,14 @@ class BilevelOptimizer(Optimizer):
     def _window_position(self) -> int:
         return self._steps % self.every
 
+    @property
+    def _in_window(self) -> bool:
+        """Whether the hypergradient will pass through the coming step."""
+        return self._window_position >= self.every - self.unroll
+
     def _open_window(self) -> None:
-        """Watches the coming step if the hypergradient will pass through it."""
-        in_reach = self._window_position >= self.every - self.unroll
-        self._recorder.active = self in _watching and in_reach
+        """Watches the coming step if a hypergradient will pass through it, and the first of all."""
+        self._recorder.active = self in _watching and (self._in_window or not self._looked)
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for group in self.param_groups for p in group["params"])
@@ -472,6 +486,11 @@ class BilevelOptimizer(Optimizer):
         self._window.clear()
         self._ended = {}
 
+    def _look_at_first_step(self, inner: InnerStep) -> None:
+        """Goes through a meta update of this step alone: what cannot work shows at once."""
+        meta_loss = self._objective.on(self._meta_set.peek(), inner.calls[-1].student_call)
+        self._try_out([inner], meta_loss)
+
     def _recorded_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """A step in the middle of an unrolled window."""
         inner.update.freeze(grads=True, states=self._engine_name == "unroll")
@@ -489,6 +508,7 @@ class BilevelOptimizer(Optimizer):
                 call.check_versions()
         if not self._tried:
             self._try_out(steps, meta_loss)
+            self._tried = True
         if self.method == "online":
             inner.update.freeze(grads=False, states=self._engine_name == "unroll")
             self._checked_step(closure, ends=True)
@@ -526,7 +546,7 @@ class BilevelOptimizer(Optimizer):
                 "backward, which costs more time and memory.",
                 stacklevel=4,
             )
-        self._tried = True
+        self._looked = True
 
     def _rehearse(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]

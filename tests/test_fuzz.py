@@ -27,6 +27,7 @@ FOUND = [
     program(unroll=2, deeds=[("hooks", "activation"), ("loss", "cross entropy")]),
     program(unroll=2, engine="unroll", deeds=[("hooks", "no_grad within"), ("loss", "penalty")]),
     program(deeds=[("backward", "by autograd.grad"), ("loss", "log")]),
+    program(unroll=3, zero_grad="after step", deeds=[("time", "group added")]),
     program(windows=2, deeds=[("backward", "other loss alone"), ("backward", "probed before")]),
 ]
 

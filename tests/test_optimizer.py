@@ -98,14 +98,16 @@ REFUSED_BATCHES = {
     "mapping without labels": [{"inputs": torch.randn(4, 8)}],
     "mapping without an argument": [{"wrong": torch.randn(4, 8), "labels": torch.arange(4)}],
     "nan": [(torch.full((4, 8), torch.nan), torch.arange(4))],
-    "nothing": endless_nothing(),
+    "nothing": None,
 }
 
 
+@pytest.mark.parametrize("window", [EVERY_STEP, {"unroll": 4, "every": 64}], ids=str)
 @pytest.mark.parametrize("method", ["online", "lookahead", "paper"])
 @pytest.mark.parametrize("name", REFUSED_BATCHES)
-def test_a_bad_meta_batch_is_refused_before_the_student_moves(name, method):
-    setting = Setting(meta=REFUSED_BATCHES[name], method=method)
+def test_a_bad_meta_batch_is_refused_before_the_student_moves(name, method, window):
+    meta = endless_nothing() if name == "nothing" else REFUSED_BATCHES[name]
+    setting = Setting(meta=meta, method=method, **window)
     optimizer = setting.wrapped()
     before, before_phi = [p.clone() for p in setting.student.parameters()], phi(setting.criterion)
     setting.loss().backward()
@@ -117,8 +119,12 @@ def test_a_bad_meta_batch_is_refused_before_the_student_moves(name, method):
     assert not setting.inner.state
 
 
-def test_logits_that_the_student_did_not_return_are_refused():
-    setting = Setting()
+WINDOWS = pytest.mark.parametrize("every", [1, 64])
+
+
+@WINDOWS
+def test_logits_that_the_student_did_not_return_are_refused(every):
+    setting = Setting(every=every)
     optimizer = setting.wrapped()  # watches as long as it lives
     with pytest.raises(ValueError, match="the very tensor the wrapped student returned") as error:
         setting.loss(logits=lambda logits: logits * 1.0)
@@ -126,8 +132,9 @@ def test_logits_that_the_student_did_not_return_are_refused():
     assert optimizer.state == {}
 
 
-def test_a_step_without_the_criterion_is_refused():
-    setting = Setting()
+@WINDOWS
+def test_a_step_without_the_criterion_is_refused(every):
+    setting = Setting(every=every)
     optimizer = setting.wrapped()
     setting.student(setting.run.inputs()).sum().backward()
     before = [p.clone() for p in setting.student.parameters()]
@@ -161,6 +168,26 @@ def test_later_steps_on_other_losses_alone_are_plain():
             assert optimizer.metrics["meta_updates"] == 2
     wrapped, plain = students
     assert relative_error(wrapped.parameters(), plain.parameters()) == 0
+
+
+def test_the_look_at_the_first_step_leaves_no_trace():
+    """The meta batches, φ and the student are those of a run that takes no look."""
+    drawn, runs = [], []
+    for look in (True, False):
+        setting = Setting(every=2)
+        setting.meta = map(lambda batch: drawn.append(look) or batch, setting.meta)
+        optimizer = setting.wrapped()
+        optimizer._looked = not look
+        for _ in range(2):
+            optimizer.zero_grad()
+            setting.loss().backward()
+            optimizer.step()
+        assert optimizer.metrics["meta_updates"] == 1
+        runs.append(setting)
+    assert drawn == [True, False]
+    one, other = runs
+    assert relative_error(phi(one.criterion), phi(other.criterion)) == 0
+    assert relative_error(one.student.parameters(), other.student.parameters()) == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

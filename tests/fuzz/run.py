@@ -234,7 +234,7 @@ class Run:
         torch.set_rng_state(before)
         if not linear:
             return loss.item()
-        params = list(student.parameters())
+        params = [p for p in student.parameters() if p.requires_grad]
         slopes = None
         if self.constants.recording:
             slopes = torch.autograd.grad(loss, params, allow_unused=True)
@@ -521,11 +521,9 @@ class Run:
 
     def _change_gradients(self):
         student = self.student
-        params = [p for p in student.parameters() if p.grad is not None]
-        if not params:
-            return
         for kind, what in sorted(self.program.deeds):
-            if kind != "gradients":
+            params = [p for p in student.parameters() if p.grad is not None]
+            if kind != "gradients" or not params:
                 continue
             if what in ("clip norm", "clipped twice"):
                 nn.utils.clip_grad_norm_(params, 0.1)
