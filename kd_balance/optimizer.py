@@ -28,7 +28,7 @@ from kd_balance.invariants import GRADIENT, Broken, Invariants, distance
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import Recorder, Recording
-from kd_balance.replay import Structure, replayable
+from kd_balance.replay import StudentCall, Structure, replayable, stops_gradients
 
 METHODS = ("online", "lookahead", "paper")
 UNROLL, EVERY = 4, 64  # a window: fewer steps of it gain less, more windows gain nothing
@@ -530,23 +530,48 @@ class BilevelOptimizer(Optimizer):
         _check_single_process(self.student)
         self._objective.try_out(meta_loss)
         last = steps[-1]
-        self._invariants.precision = last.calls[-1].student_call.precision(last.update.params)
+        call = last.calls[-1].student_call
+        self._invariants.precision = call.precision(last.update.params)
         try:
             self._rehearse(steps, meta_loss)
         except Broken as broken:
-            # what backward alone sees has no curvature that either mode knows
-            if broken.cause != GRADIENT or len(steps) > 1 or self._engine_name == "unroll":
+            if broken.cause != GRADIENT or self._engine_name == "unroll":
                 raise
             if not self._engine.try_without_forward_mode():
                 raise
             self._rehearse(steps, meta_loss)
+            if self.unroll > 1:  # what backward alone sees has no curvature that either mode knows
+                raise ValueError(
+                    "forward mode and the backward pass disagree, as they do over torch.no_grad() "
+                    f"or a hook within the student's forward, and unroll is {self.unroll}, "
+                    "expected a hypergradient through one step: set unroll=1, or remove them."
+                ) from broken
             warnings.warn(
                 "Forward mode and the backward pass disagree, as they do over torch.no_grad() or "
                 "a hook within the student's forward, so hypergradients go through double "
                 "backward, which costs more time and memory.",
                 stacklevel=4,
             )
+        if self.unroll > 1:
+            self._warn_of_curvature(call, last.update.params)
         self._looked = True
+
+    def _warn_of_curvature(self, call: StudentCall, params: Mapping[str, Tensor]) -> None:
+        """Tells what hypergradients through several steps take for granted."""
+        if stops_gradients(call, params):
+            self._warn_once(
+                "The student detaches what depends on its parameters: that counts as constant in "
+                "the curvature too, so hypergradients through several steps miss what the weights "
+                "change through it; set unroll=1 to have them exact."
+            )
+        hooked = [name for name, m in call.student.named_modules()
+                  if m._backward_hooks or m._backward_pre_hooks]
+        if hooked:
+            self._warn_once(
+                f"The module {hooked[0] or 'student'} has a backward hook: it counts as one that "
+                "changes nothing, so hypergradients through several steps are wrong if it does; "
+                "set unroll=1 to have them exact."
+            )
 
     def _rehearse(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]

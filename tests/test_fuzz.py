@@ -27,6 +27,10 @@ FOUND = [
     program(unroll=2, deeds=[("hooks", "activation"), ("loss", "cross entropy")]),
     program(unroll=2, engine="unroll", deeds=[("hooks", "no_grad within"), ("loss", "penalty")]),
     program(deeds=[("backward", "by autograd.grad"), ("loss", "log")]),
+    program(unroll=2, idle=1, deeds=[("hooks", "no_grad within")]),
+    program(student="norm", unroll=3, deeds=[("hooks", "module backward")]),
+    program(student="norm", unroll=3, engine="unroll", deeds=[("hooks", "module backward")]),
+    program(student="norm", unroll=3, deeds=[("hooks", "detached within")]),
     program(unroll=3, zero_grad="after step", deeds=[("time", "group added")]),
     program(windows=2, deeds=[("backward", "other loss alone"), ("backward", "probed before")]),
 ]

@@ -1,6 +1,7 @@
 """Replays: the student called again as it was called, leaving no trace in it."""
 
 from kd_balance.replay.random_state import RandomState, preserved_random_state
+from kd_balance.replay.stop_gradient import stops_gradients
 from kd_balance.replay.structure import Structure
 from kd_balance.replay.student_call import StudentCall, leaves_of, replayable
 
@@ -11,4 +12,5 @@ __all__ = [
     "leaves_of",
     "preserved_random_state",
     "replayable",
+    "stops_gradients",
 ]

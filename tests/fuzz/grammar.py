@@ -57,7 +57,8 @@ DEEDS = {
         "criterion again", "frozen now", "parameters through .data after",
     ),
     "hooks": (
-        "parameter", "activation", "activation clamped", "no_grad within", "module backward",
+        "parameter", "activation", "activation clamped", "no_grad within", "detached within",
+        "module backward",
         "post accumulate", "step pre clip", "step post shrink", "forward writes buffer",
         "observer",
     ),

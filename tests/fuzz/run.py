@@ -26,7 +26,9 @@ _OPTIMIZERS = {
 }
 
 
-SURROGATE = {"activation", "activation clamped", "module backward", "no_grad within"}
+SURROGATE = {
+    "activation", "activation clamped", "module backward", "no_grad within", "detached within",
+}
 
 
 class Caught(Exception):

@@ -47,6 +47,8 @@ class Student(nn.Module):
                 gate = self.first(inputs.unsqueeze(1)).mean(2) if self.kind == "conv" else (
                     self.first(inputs))
             hidden = hidden * gate.sigmoid()
+        if "detached within" in self.does:
+            hidden = hidden * hidden.detach().sigmoid()
         if "forward writes buffer" in self.does:
             self.count += 1
         logits = self.last(hidden) / self.temperature
