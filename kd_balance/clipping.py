@@ -35,6 +35,11 @@ class Clipping:
         """Whether it is no clipping, but a constant factor such as that of a GradScaler."""
         return self.total_norm == math.inf
 
+    @property
+    def is_to_norm(self) -> bool:
+        """Whether only the gradients' direction was left, so that no derivative lies along it."""
+        return self.factor is not None and not self.is_rescaling
+
     def product(
         self, vectors: Mapping[str, Tensor], clipped: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:

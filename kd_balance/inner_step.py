@@ -310,8 +310,8 @@ class InnerStep:
     """Whether nothing but these calls reached them."""
     ids: dict[str, int]
     """The identities of the live parameters, by name."""
-    replay_gradients: bool = False
-    """Whether to repeat the calls' backward passes to compare with, where others reached them."""
+    is_rare: bool = False
+    """Whether costly checks are due, such as to repeat the calls' backward passes."""
 
     def own_gradients(
         self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]
@@ -324,7 +324,7 @@ class InnerStep:
         """
         if self.alone:
             return self.gradients
-        if not self.replay_gradients:
+        if not self.is_rare:
             return None
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
         for call in self.calls:

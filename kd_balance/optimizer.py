@@ -503,7 +503,7 @@ class BilevelOptimizer(Optimizer):
         meta_loss = self._objective.on(batch, inner.calls[-1].student_call)
         steps = [*self._window, inner]
         for step in steps:
-            step.replay_gradients = self._is_rare
+            step.is_rare = self._is_rare
             for call in step.calls:
                 call.check_versions()
         if not self._tried:

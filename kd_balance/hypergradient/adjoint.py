@@ -85,10 +85,35 @@ class Adjoint:
                 hypergradient = list(parts)
                 _add(cotangents.setdefault("param", {}), curvature)
             if products:
-                own = step.own_gradients(criterion, params)
-                if own is not None:
-                    invariants.along(own, direction, products)
+                self._check_gradient(criterion, step, params, direction, products, invariants)
         return loss, hypergradient or [torch.zeros_like(p) for p in phi]
+
+    def _check_gradient(
+        self,
+        criterion: WeightedKDLoss,
+        step: InnerStep,
+        params: Mapping[str, Tensor],
+        direction: Mapping[str, Tensor],
+        products: list[Tensor],
+        invariants: Invariants,
+    ) -> None:
+        """Holds the step's gradient against the products that came of its calls."""
+        own = step.own_gradients(criterion, params)
+        if own is None:
+            return
+        clipping = step.update.clipping
+        if clipping is not None and clipping.is_to_norm:  # then λ is at right angles to it
+            if not step.is_rare:
+                return
+            direction = {n: own[n] for n in direction if n in own}
+            products = [
+                call.weights * self._products(
+                    criterion, call, params, call.part_of(direction, step.ids), invariants,
+                    with_curvature=False,
+                )[0]
+                for call in step.calls
+            ]
+        invariants.along(own, direction, products)
 
     def _products(
         self,
