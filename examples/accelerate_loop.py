@@ -5,7 +5,8 @@ the plain program, the line ends with its name in a comment; docs/drop_in.md sho
 those they replace.
 
     pip install 'kd-balance[examples,accelerate]'
-    python examples/accelerate_loop.py    # about ten seconds
+    python examples/accelerate_loop.py            # about ten seconds
+    python examples/accelerate_loop.py --check    # is the hypergradient right in this loop?
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts  # kd-balance
+from kd_balance.check import check_hypergradient
 from kd_balance.data import long_tail_indices, split_balanced
 
 
@@ -30,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> torch.optim.Optimizer:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
+    if args.check:
+        torch.set_default_dtype(torch.float64)
 
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -54,19 +59,27 @@ def main(argv: Sequence[str] | None = None) -> torch.optim.Optimizer:
         student, optimizer, train_loader, scheduler
     )
 
+    def step(batch):
+        inputs, targets = batch
+        with accelerator.accumulate(student):
+            with torch.no_grad():
+                teacher_logits = teacher(inputs)
+            loss = criterion(student(inputs), teacher_logits, targets)  # kd-balance
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        return loss
+
+    if args.check:
+        accelerator.print(check_hypergradient(optimizer.optimizer, step, train_loader))
+        return optimizer
     for epoch in range(1, args.epochs + 1):
         student.train()
-        for inputs, targets in train_loader:
-            with accelerator.accumulate(student):
-                with torch.no_grad():
-                    teacher_logits = teacher(inputs)
-                loss = criterion(student(inputs), teacher_logits, targets)  # kd-balance
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(student.parameters(), 1.0)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
+        for batch in train_loader:
+            loss = step(batch)
         if epoch % 10 == 0 or epoch == args.epochs:
             accelerator.print(f"epoch {epoch}, loss {loss.item():.4f}")
     accelerator.print("student, test:", test(student, test_loader, accelerator))
@@ -108,7 +121,8 @@ def convnet(width: int, num_classes: int = 10) -> nn.Module:
 def digits() -> list[DataLoader]:
     """scikit-learn's digits: a long-tailed training set, balanced validation and test sets."""
     bunch = load_digits()
-    images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
+    images = torch.tensor(bunch.images / 16).to(torch.get_default_dtype())
+    images = images.unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
     val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))

@@ -8,6 +8,7 @@ BiKD, whose weights are learned on a balanced meta set of 10 images a digit.
     pip install 'kd-balance[examples]'
     python examples/digits.py            # 3 seeds, about two minutes
     python examples/digits.py --quick    # 1 seed and 3 epochs, only to see that it runs
+    python examples/digits.py --check    # is the hypergradient right in this loop?
 
 It prints test accuracies, whichever way they come out, and draws the weights that BiKD learned.
 What concerns kd-balance is in the functions `distil` and `compare`.
@@ -28,6 +29,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
+from kd_balance.check import check_hypergradient
 from kd_balance.data import BalancedBatches, class_counts, long_tail_indices, split_balanced
 from kd_balance.hard_losses import BalancedSoftmax
 from kd_balance.history import WeightHistory
@@ -64,6 +66,7 @@ def distil(
     progress: tqdm,
     *,
     picture: Path | None = None,
+    check: bool = False,
 ) -> nn.Module:
     """Train a student by BiKD, or by plain KD if the criterion has no weight net."""
     student = mlp(STUDENT, seed)
@@ -76,14 +79,21 @@ def distil(
 
     scheduler = CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(seed)
+
+    def step(batch: Images) -> None:
+        with torch.no_grad():
+            teacher_logits = teacher(batch.inputs)
+        loss = criterion(student(batch.inputs), teacher_logits, batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    if check:
+        print(check_hypergradient(optimizer, step, batches(train, generator)))
+        return student
     for _ in range(epochs):
-        for inputs, targets in batches(train, generator):
-            with torch.no_grad():
-                teacher_logits = teacher(inputs)
-            loss = criterion(student(inputs), teacher_logits, targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        for batch in batches(train, generator):
+            step(batch)
         scheduler.step()
         progress.update(1 if criterion.weight_net is None else BIKD_COST)
     if picture is not None:
@@ -124,7 +134,8 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def split(seed: int) -> tuple[Images, Images, Images]:
     """A long-tailed training set, a balanced meta set and a balanced test set, without overlap."""
     digits = load_digits()
-    images = Images(torch.tensor(digits.data / 16).float(), torch.tensor(digits.target))
+    inputs = torch.tensor(digits.data / 16).to(torch.get_default_dtype())
+    images = Images(inputs, torch.tensor(digits.target))
 
     def pick(images: Images, index: Tensor) -> Images:
         return Images(images.inputs[index], images.targets[index])
@@ -156,6 +167,14 @@ def accuracies(model: nn.Module, test: Images, counts: Tensor) -> Tensor:
     by_class = torch.zeros(10).double().index_add(0, test.targets, correct) / 60
     groups = (counts > 0, counts > 40, (counts <= 40) & (counts > 5), counts <= 5)
     return torch.stack([100 * by_class[group].mean() for group in groups])
+
+
+def check() -> None:
+    """Whether the hypergradient is right in this loop."""
+    torch.set_default_dtype(torch.float64)
+    train, meta, _ = split(seed=0)
+    criterion = WeightedKDLoss.long_tailed(class_counts(train.targets))
+    distil(mlp(TEACHER, 1), criterion, train, meta, 0, EPOCHS, tqdm(disable=True), check=True)
 
 
 def compare(seed: int, epochs: int, progress: tqdm, picture: Path | None) -> dict[Row, Tensor]:
@@ -218,10 +237,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Path("build/digits_weights.png"),
         help="where to draw the learned weights (default build/digits_weights.png)",
     )
+    parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds is {options.seeds}, expected at least 1.")
     torch.set_num_threads(1)  # for batches this small more threads take longer
+    if options.check:
+        check()
+        return
     seeds, epochs = (1, 3) if options.quick else (options.seeds, EPOCHS)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
 

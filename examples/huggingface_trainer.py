@@ -5,7 +5,8 @@ piece of code comes from. Where kd-balance changed the plain program, the line e
 in a comment; docs/drop_in.md shows the lines against those they replace.
 
     pip install 'kd-balance[huggingface]'
-    python examples/huggingface_trainer.py    # about half a minute
+    python examples/huggingface_trainer.py            # about half a minute
+    python examples/huggingface_trainer.py --check    # is the hypergradient right in this loop?
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from kd_balance import WeightedKDLoss, class_counts, meta_loader  # kd-balance
+from kd_balance.check import check_hypergradient
 from kd_balance.data import long_tail_indices, split_balanced
 from kd_balance.integrations.huggingface import BilevelTrainer  # kd-balance
 
@@ -59,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--max_steps", type=int, default=-1)
     parser.add_argument("--output_dir", default=None)
+    parser.add_argument("--check", action="store_true")
     options = parser.parse_args(argv)
+    if options.check:
+        torch.set_default_dtype(torch.float64)
 
     with tempfile.TemporaryDirectory() as temporary:
         arguments = TrainingArguments(
@@ -91,9 +96,27 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
             meta_loader=meta_loader(meta, per_class=10, batch_size=40),  # kd-balance
             bilevel={"teacher": teacher.model},  # kd-balance
         )
+        if options.check:
+            check(trainer)
+            return trainer
         trainer.train()
         print("student:", trainer.evaluate(test))
     return trainer
+
+
+def check(trainer: DistillationTrainer) -> None:
+    """After one step, which sets all up."""
+    trainer.args.max_steps, trainer.args.lr_scheduler_type = 1, "constant"
+    trainer.train()
+    optimizer, model = trainer.optimizer.optimizer, trainer.model_wrapped
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        trainer.training_step(model, batch)
+        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        optimizer.step()
+        model.zero_grad()
+
+    print(check_hypergradient(optimizer, step, trainer.get_train_dataloader()))
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

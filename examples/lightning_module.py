@@ -5,7 +5,8 @@ Where kd-balance changed the plain program, the line ends with its name in a com
 docs/drop_in.md shows the lines against those they replace.
 
     pip install 'kd-balance[examples,lightning]'
-    python examples/lightning_module.py    # about ten seconds
+    python examples/lightning_module.py            # about ten seconds
+    python examples/lightning_module.py --check    # is the hypergradient right in this loop?
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts  # kd-balance
+from kd_balance.check import check_hypergradient
 from kd_balance.data import long_tail_indices, split_balanced
 
 
@@ -78,12 +80,17 @@ class Distillation(L.LightningModule):
 def main(argv: Sequence[str] | None = None) -> Distillation:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=30)
-    epochs = parser.parse_args(argv).epochs
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(argv)
+    if options.check:
+        torch.set_default_dtype(torch.float64)
+    epochs = options.epochs
     train_loader, val_loader, test_loader = digits()
 
-    def trainer() -> L.Trainer:
+    def trainer(max_steps: int = -1) -> L.Trainer:
         return L.Trainer(
             max_epochs=epochs,
+            max_steps=max_steps,
             gradient_clip_val=1.0,
             logger=False,
             enable_checkpointing=False,
@@ -98,9 +105,27 @@ def main(argv: Sequence[str] | None = None) -> Distillation:
     L.seed_everything(1)
     counts = class_counts(train_loader)  # kd-balance
     distillation = Distillation(convnet(8), teacher.network, counts, val_loader)  # kd-balance
+    if options.check:
+        check(distillation, trainer(max_steps=1), train_loader)
+        return distillation
     trainer().fit(distillation, train_loader)
     trainer().test(distillation, test_loader)
     return distillation
+
+
+def check(module: Distillation, trainer: L.Trainer, train_loader: DataLoader) -> None:
+    """After one step, which sets all up; the Trainer's own loop cannot be called batch by batch."""
+    trainer.fit(module, train_loader)
+    optimizer = trainer.optimizers[0]
+
+    def step(batch: list[Tensor]) -> None:
+        inputs, targets = batch
+        optimizer.zero_grad()
+        module.criterion(module.student(inputs), module.teacher(inputs), targets).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
+    print(check_hypergradient(optimizer, step, train_loader))
 
 
 def convnet(width: int, num_classes: int = 10) -> nn.Module:
@@ -114,7 +139,8 @@ def convnet(width: int, num_classes: int = 10) -> nn.Module:
 def digits() -> list[DataLoader]:
     """scikit-learn's digits: a long-tailed training set, balanced validation and test sets."""
     bunch = load_digits()
-    images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
+    images = torch.tensor(bunch.images / 16).to(torch.get_default_dtype())
+    images = images.unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
     val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))

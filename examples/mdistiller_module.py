@@ -7,7 +7,8 @@ the plain program, the line ends with its name in a comment: nine lines; docs/dr
 against the lines they replace.
 
     pip install 'kd-balance[examples]'
-    python examples/mdistiller_module.py    # about ten seconds
+    python examples/mdistiller_module.py            # about ten seconds
+    python examples/mdistiller_module.py --check    # is the hypergradient right in this loop?
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts  # kd-balance
+from kd_balance.check import check_hypergradient
 from kd_balance.data import long_tail_indices, split_balanced
 
 
@@ -171,7 +173,8 @@ def get_dataset() -> tuple[DataLoader, DataLoader, DataLoader]:
     Training batches are (image, target, index), the others (image, target).
     """
     bunch = load_digits()
-    images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
+    images = torch.tensor(bunch.images / 16).to(torch.get_default_dtype())
+    images = images.unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
     val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))
@@ -187,7 +190,11 @@ def get_dataset() -> tuple[DataLoader, DataLoader, DataLoader]:
 def main(argv: Sequence[str] | None = None) -> nn.Module:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=30)
-    epochs = parser.parse_args(argv).epochs
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(argv)
+    if options.check:
+        torch.set_default_dtype(torch.float64)
+    epochs = options.epochs
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = SimpleNamespace(
         KD=SimpleNamespace(T=4, CE_WEIGHT=0.5, KD_WEIGHT=0.5),
@@ -201,7 +208,13 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     teacher = train_teacher(train_loader, epochs, device)
     torch.manual_seed(1)
     distiller = nn.DataParallel(KD(ConvNet(width=8), teacher, cfg).to(device))
-    Trainer(distiller, train_loader, val_loader, cfg).train()
+    trainer = Trainer(distiller, train_loader, val_loader, cfg)
+    if options.check:
+        distiller.train()
+        step = lambda data: trainer.train_iter(data, epoch=1)  # noqa: E731
+        print(check_hypergradient(trainer.optimizer, step, train_loader))
+        return distiller.module.student
+    trainer.train()
     print("student, test:", validate(test_loader, distiller))
     return distiller.module.student
 

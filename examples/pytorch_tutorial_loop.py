@@ -5,7 +5,8 @@ code is our own. Where kd-balance changed the plain loop, the line ends with its
 six lines; docs/drop_in.md shows them against the lines they replace.
 
     pip install 'kd-balance[examples]'
-    python examples/pytorch_tutorial_loop.py    # about ten seconds
+    python examples/pytorch_tutorial_loop.py            # about ten seconds
+    python examples/pytorch_tutorial_loop.py --check    # is the hypergradient right in this loop?
 """
 
 from __future__ import annotations
@@ -19,31 +20,36 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
+from kd_balance.check import check_hypergradient
 from kd_balance.data import long_tail_indices, split_balanced
 
 
 def train_knowledge_distillation(teacher, student, train_loader, epochs, learning_rate, T,
-                                 soft_target_loss_weight, ce_loss_weight, device):
+                                 soft_target_loss_weight, ce_loss_weight, device, check=False):
     counts, meta = class_counts(train_loader), meta_loader(train_loader)  # kd-balance
     alpha = (ce_loss_weight, soft_target_loss_weight)  # kd-balance
     criterion = WeightedKDLoss.long_tailed(counts, temperature=T, alpha=alpha)  # kd-balance
     optimizer = optim.Adam(student.parameters(), lr=learning_rate)
     optimizer = BilevelOptimizer(optimizer, student, criterion, meta, teacher=teacher)  # kd-balance
 
+    def step(batch):
+        inputs, labels = (x.to(device) for x in batch)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            teacher_logits = teacher(inputs)
+        student_logits = student(inputs)
+        loss = criterion(student_logits, teacher_logits, labels)  # kd-balance
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
     teacher.eval()
     student.train()
+    if check:
+        print(check_hypergradient(optimizer, step, train_loader))
+        return
     for epoch in range(epochs):
-        running_loss = 0.0
-        for inputs, labels in train_loader:
-            inputs, labels = inputs.to(device), labels.to(device)
-            optimizer.zero_grad()
-            with torch.no_grad():
-                teacher_logits = teacher(inputs)
-            student_logits = student(inputs)
-            loss = criterion(student_logits, teacher_logits, labels)  # kd-balance
-            loss.backward()
-            optimizer.step()
-            running_loss += loss.item()
+        running_loss = sum(step(batch) for batch in train_loader)
         report(epoch, epochs, running_loss / len(train_loader))
 
 
@@ -122,7 +128,8 @@ class LightNN(nn.Module):
 def digits() -> list[TensorDataset]:
     """scikit-learn's digits: a long-tailed training set, balanced validation and test sets."""
     bunch = load_digits()
-    images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
+    images = torch.tensor(bunch.images / 16).to(torch.get_default_dtype())
+    images = images.unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
     val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))
@@ -133,7 +140,11 @@ def digits() -> list[TensorDataset]:
 def main(argv: Sequence[str] | None = None) -> nn.Module:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=30)
-    epochs = parser.parse_args(argv).epochs
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(argv)
+    if options.check:
+        torch.set_default_dtype(torch.float64)
+    epochs = options.epochs
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     train_dataset, val_dataset, test_dataset = digits()
@@ -149,7 +160,10 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     torch.manual_seed(42)
     nn_light = LightNN().to(device)
     train_knowledge_distillation(nn_deep, nn_light, train_loader, epochs, learning_rate=0.005, T=2,
-                                 soft_target_loss_weight=0.25, ce_loss_weight=0.75, device=device)
+                                 soft_target_loss_weight=0.25, ce_loss_weight=0.75, device=device,
+                                 check=options.check)
+    if options.check:
+        return nn_light
     print("student, validation:", test(nn_light, val_loader, device))
     print("student, test:", test(nn_light, test_loader, device))
     return nn_light

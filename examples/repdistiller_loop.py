@@ -7,7 +7,8 @@ kd-balance changed the plain loop, the line ends with its name in a comment: sev
 docs/drop_in.md shows them against the lines they replace.
 
     pip install 'kd-balance[examples]'
-    python examples/repdistiller_loop.py    # about ten seconds
+    python examples/repdistiller_loop.py            # about ten seconds
+    python examples/repdistiller_loop.py --check    # is the hypergradient right in this loop?
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts  # kd-balance
+from kd_balance.check import check_hypergradient
 from kd_balance.data import long_tail_indices, split_balanced
 
 
@@ -71,11 +73,14 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-b", "--beta", type=float, default=10, help="of loss_kd")
     parser.add_argument("--kd_T", type=float, default=4)
     parser.add_argument("--hint_layer", type=int, default=1)
+    parser.add_argument("--check", action="store_true")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> nn.Module:
     opt = parse_option(argv)
+    if opt.check:
+        torch.set_default_dtype(torch.float64)
     train_loader, val_loader, test_loader = get_dataloaders()
     torch.manual_seed(0)
     model_t = train_teacher(train_loader, opt.epochs)
@@ -105,6 +110,13 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
         module_list.cuda()
         criterion_list.cuda()
 
+    if opt.check:
+        def step(batch):
+            train_distill(1, [batch], module_list, criterion_list, optimizer, opt)
+
+        # the hint's curvature counts as constant: exact with --distill kd
+        print(check_hypergradient(optimizer, step, train_loader, raise_exception=False))
+        return model_s
     for epoch in range(1, opt.epochs + 1):
         adjust_learning_rate(epoch, opt, optimizer)
         train_distill(epoch, train_loader, module_list, criterion_list, optimizer, opt)
@@ -176,7 +188,8 @@ def get_dataloaders() -> tuple[DataLoader, DataLoader, DataLoader]:
     Training batches are (input, target, index), the others (input, target).
     """
     bunch = load_digits()
-    images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
+    images = torch.tensor(bunch.images / 16).to(torch.get_default_dtype())
+    images = images.unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
     val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))

@@ -113,6 +113,30 @@ def test_the_example_trains_student_and_weight_net(
     assert re.search(r"student, test: all \d+\.\d%  0-3 .*  7-9 \d+\.\d%", capsys.readouterr().out)
 
 
+CHECKS = {
+    "digits": [],
+    "pytorch_tutorial_loop": [],
+    "repdistiller_loop": ["--distill", "kd"],
+    "mdistiller_module": [],
+    "accelerate_loop": [],
+    "lightning_module": [],
+    "huggingface_trainer": [],
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_hypergradient_of_the_example_is_right(name, capsys):
+    try:
+        module = example(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    try:
+        module.main(["--check", *([] if name == "digits" else ["--epochs", "1"]), *CHECKS[name]])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "predicts the meta loss with a relative error of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_with_fixed_weights_it_is_the_plain_program(name, monkeypatch):
     """The changed lines change the weights, and nothing else."""

@@ -23,7 +23,8 @@ def convnet(width: int, num_classes: int = 10) -> nn.Module:
 def dataset(split: str) -> TensorDataset:
     """scikit-learn's digits: a long-tailed training set, balanced validation and test sets."""
     bunch = load_digits()
-    images = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
+    images = torch.tensor(bunch.images / 16).to(torch.get_default_dtype())
+    images = images.unsqueeze(1)  # [1797, 1, 8, 8]
     labels = torch.tensor(bunch.target)
     test, rest = split_balanced(labels, per_class=60, seed=0)
     val, rest = (rest[i] for i in split_balanced(labels[rest], per_class=10, seed=0))

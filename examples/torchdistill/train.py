@@ -22,12 +22,17 @@ from torchdistill.common.main_util import import_dependencies
 from torchdistill.core.distillation import DistillationBox, get_distillation_box
 from torchdistill.models.registry import get_model
 
+from kd_balance.check import check_hypergradient
+
 
 def main(argv: Sequence[str] | None = None) -> DistillationBox:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default=str(Path(__file__).with_name("digits.yaml")))
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
+    if args.check:
+        torch.set_default_dtype(torch.float64)
 
     torch.manual_seed(0)
     config = yaml_util.load_yaml_file(args.config)
@@ -46,13 +51,21 @@ def main(argv: Sequence[str] | None = None) -> DistillationBox:
     box = get_distillation_box(
         teacher, student, datasets, config["train"], device, None, False, 1
     )
+
+    def step(batch):
+        inputs, targets, supp_dict = batch
+        loss = box.forward_process(inputs.to(device), targets.to(device), supp_dict)
+        box.post_forward_process(loss=loss)
+        return loss
+
     for epoch in range(box.num_epochs):
         box.pre_epoch_process(epoch=epoch)
         teacher.eval()  # the box does not
-        for inputs, targets, supp_dict in box.train_data_loader:
-            inputs, targets = inputs.to(device), targets.to(device)
-            loss = box.forward_process(inputs, targets, supp_dict)
-            box.post_forward_process(loss=loss)
+        if args.check:
+            print(check_hypergradient(box.optimizer, step, box.train_data_loader))
+            return box
+        for batch in box.train_data_loader:
+            loss = step(batch)
         if (epoch + 1) % 10 == 0 or epoch + 1 == box.num_epochs:
             print(f"epoch {epoch + 1}, loss {loss.item():.4f}")
         box.post_epoch_process()
