@@ -65,7 +65,7 @@ class BilevelOptimizer(Optimizer):
         unroll: the number of last student steps that the hypergradient passes through, at most
             `every`; default 4, or `every` if that is less. For more than one, loss terms beside
             the criterion count as constants in the student's curvature.
-        every: student steps for each hypergradient; default 32, or `unroll` if that is more. The
+        every: student steps for each hypergradient; default 64, or `unroll` if that is more. The
             default of both is 1 for method "paper".
         accumulate: hypergradients averaged before φ moves. The average then stays in the ``.grad``
             of the weight net's parameters until the next one is begun.
@@ -553,7 +553,8 @@ class BilevelOptimizer(Optimizer):
                 stacklevel=4,
             )
         if self.unroll > 1:
-            self._warn_of_curvature(call, last.update.params)
+            trained = {n: p for step in steps for n, p in step.update.params.items()}
+            self._warn_of_curvature(call, trained)  # some may rest by now
         self._looked = True
 
     def _warn_of_curvature(self, call: StudentCall, params: Mapping[str, Tensor]) -> None:

@@ -224,6 +224,8 @@ class Recorder:
             if self._gradients.cleared():  # unseen, of a step that was given up
                 self.gradients_cleared()
             self._gradients.begin()
+        if inputs is None and not all(p.requires_grad for p in self._structure.parameters):
+            inputs = [p for p in self._structure.parameters if p.requires_grad]
         reached = None if inputs is None else frozenset(map(id, inputs))
         learns = reached is None or any(id(p) in reached for p in self._structure.parameters)
         self._walking = {}

@@ -32,6 +32,10 @@ FOUND = [
     program(student="norm", unroll=3, engine="unroll", deeds=[("hooks", "module backward")]),
     program(student="norm", unroll=3, deeds=[("hooks", "detached within")]),
     program(unroll=3, zero_grad="after step", deeds=[("time", "group added")]),
+    program(engine="unroll", unroll=3, zero_grad="to zero", deeds=[("time", "frozen later")]),
+    program(engine="unroll", unroll=3,
+            deeds=[("backward", "in part"), ("time", "frozen later")]),
+    program(unroll=3, deeds=[("hooks", "detached within"), ("time", "frozen later")]),
     program(windows=2, deeds=[("backward", "other loss alone"), ("backward", "probed before")]),
 ]
 

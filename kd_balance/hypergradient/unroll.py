@@ -48,9 +48,10 @@ class Unroll:
                 for name, param in step.update.params.items():
                     params.setdefault(name, param.detach().requires_grad_())
             for step in steps:
-                # a resting layer's gradient is not what an earlier step made of it
+                # a gradient that a backward pass did not reach is not what an earlier step left
+                resting = params
                 params = {name: param.view_as(param) for name, param in params.items()}
-                loss = _training_loss(criterion, step, params, invariants)
+                loss = _training_loss(criterion, step, params, resting, invariants)
                 _take(step, loss, params, states, invariants)
             loss = meta_loss(params)
         hypergradient = torch.autograd.grad(
@@ -63,14 +64,20 @@ def _training_loss(
     criterion: WeightedKDLoss,
     step: InnerStep,
     params: Mapping[str, Tensor],
+    resting: Mapping[str, Tensor],
     invariants: Invariants,
 ) -> Tensor:
-    """The criterion's part of what the user called backward on, as a function of θ and φ."""
+    """The criterion's part of what the user called backward on, as a function of θ and φ.
+
+    Args:
+        params: whose gradients the step is made of.
+        resting: their values, in the place of those that backward did not reach.
+    """
     total = torch.zeros((), device=step.calls[0].result.device)
     for call in step.calls:
         assert call.upstream is not None
         own = call.part_of(params, step.ids)
-        mapped = {n: p if n in own else p.detach() for n, p in params.items()}
+        mapped = {**resting, **own}
         losses = call.losses(criterion, call.logits(mapped))
         invariants.replayed(losses, call.recorded_losses)
         weights = criterion.weigh(call.features, losses, criterion.kept(call.targets))

@@ -551,7 +551,7 @@ class Run:
                 if what == "scaled through .data":
                     first.data.mul_(0.5)
                 if what == "rows masked":
-                    first[:2] = 0
+                    first.view(-1)[:2] = 0
                 if what == "noise":
                     first.add_(0.01 * torch.randn(first.shape).to(first))
                 if what == "normalised":

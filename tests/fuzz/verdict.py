@@ -50,7 +50,7 @@ def _error(program, run, constants):
                  for d, h in zip(direction, hypergradient)]
     expected = sum((h * d).sum().item() for h, d in zip(hypergradient, direction))
     error = float("inf")
-    for step in (1e-4, 1e-3, 1e-5, 1e-6):
+    for step in (1e-4, 1e-3, 1e-5, 1e-6, 1e-7):
         slope = _slope(program, run, constants, direction, step)
         noise = 1e-14 / step
         scale = max(abs(slope), abs(expected), size)
