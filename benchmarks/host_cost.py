@@ -71,6 +71,9 @@ def _measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         for name in args.rows:
             rows[name] = in_turns(case, name, args.repeats, args.warmup)
             gc.collect()
+        if "online" in args.rows:
+            checked = in_turns(case, "online", args.repeats, args.warmup, "online_unchecked")
+            rows["online"]["invariants"] = checked["cpu_ratio"]
     finally:
         gc.enable()
     for name in args.rows:
@@ -113,6 +116,10 @@ def _table(title: str, rows: dict[str, Any]) -> str:
         operators = f"{found['operators'] / base:.2f} ({found['operators']:.0f})"
         times = [_spread(found[key]) for key in ("ratio", "cpu_ratio")]
         lines.append(f"| {ROWS[name].title} | {' | '.join(times)} | {operators} | {goal} |")
+    if "invariants" in rows.get("online", {}):
+        found = rows["online"]["invariants"]
+        median, low, high = (100 * (x - 1) for x in (found["median"], *found["quartiles"]))
+        lines += ["", f"The invariants take {median:.1f} % ({low:.1f}–{high:.1f}) of an online step."]
     return "\n".join(lines)
 
 

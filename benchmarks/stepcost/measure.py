@@ -57,13 +57,15 @@ def times(
     )
 
 
-def in_turns(case: Case, name: str, rounds: int, warmup: int) -> dict[str, dict[str, Any]]:
-    """Time per step of a row, as ratios to plain KD's, which takes a step before each of the row's.
+def in_turns(
+    case: Case, name: str, rounds: int, warmup: int, beside: str = "kd"
+) -> dict[str, dict[str, Any]]:
+    """Time per step of a row, as ratios to another's, which takes a step before each of the row's.
 
-    A sample is the mean step of a period over the mean of its KD steps. Of long periods fewer
+    A sample is the mean step of a period over the mean of the other's steps. Of long periods fewer
     samples are taken, each being a mean of many steps.
     """
-    plain, of = row("kd")(case), row(name)(case)
+    plain, of = row(beside)(case), row(name)(case)
     pairs = [(case.draw(i), case.draw(i, meta=True)) for i in range(BATCHES)]
     samples = []
     for _ in range(warmup + max(FEWEST, min(rounds, 2 * rounds // of.period))):

@@ -20,6 +20,7 @@ ROWS = {
     "kd": Entry("plain", "PlainKD", "plain KD"),
     "no_meta": Entry("ours", "WithoutMeta", "kd-balance, a step without meta update"),
     "online": Entry("ours", "Online", "kd-balance online"),
+    "online_unchecked": Entry("ours", "OnlineUnchecked", "kd-balance online, no invariants"),
     "online_4": Entry("ours", "OnlineEvery4", "kd-balance online, every=4"),
     "online_5": Entry("ours", "OnlineEvery5", "kd-balance online, every=5"),
     "online_10": Entry("ours", "OnlineEvery10", "kd-balance online, every=10"),

@@ -59,6 +59,17 @@ class Online(KDBalance):
     settings = {"method": "online"}
 
 
+class OnlineUnchecked(KDBalance):
+    """Without the invariants, whose cost it shows."""
+
+    settings = {"method": "online"}
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        for name in ("replayed", "weighed", "factor", "moved", "began", "along", "equal"):
+            setattr(self.optimizer._invariants, name, lambda *_: None)
+
+
 class OnlineEvery4(KDBalance):
     settings = {"every": 4}
 
