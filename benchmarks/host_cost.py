@@ -119,7 +119,8 @@ def _table(title: str, rows: dict[str, Any]) -> str:
     if "invariants" in rows.get("online", {}):
         found = rows["online"]["invariants"]
         median, low, high = (100 * (x - 1) for x in (found["median"], *found["quartiles"]))
-        lines += ["", f"The invariants take {median:.1f} % ({low:.1f}–{high:.1f}) of an online step."]
+        share = f"{median:.1f} % ({low:.1f}–{high:.1f})"
+        lines += ["", f"The invariants take {share} of an online step."]
     return "\n".join(lines)
 
 

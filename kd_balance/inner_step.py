@@ -330,7 +330,7 @@ class InnerStep:
         for call in self.calls:
             mapped = call.part_of(leaves, self.ids)
             with torch.enable_grad():
-                losses = call.losses(criterion, call.logits({**params, **mapped}))
+                losses = call.losses(criterion, call.replay({**params, **mapped}))
                 result = criterion.combine(losses, call.weights, call.targets)
             torch.autograd.backward(result, call.upstream, inputs=list(mapped.values()))
         return {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}

@@ -86,9 +86,9 @@ class Invariants:
         self._failures: dict[str, Any] = {}
         self._told: dict[str, float] = {}
 
-    def replayed(self, losses: Tensor, recorded: Tensor) -> None:
-        """Compares the losses of a repeated call with those that were recorded."""
-        self._compare(REPLAY, [losses], [recorded], self.precision)
+    def replayed(self, actual: Sequence[Tensor], recorded: Sequence[Tensor]) -> None:
+        """Compares the losses of a repeated call, and more, with what was recorded."""
+        self._compare(REPLAY, actual, recorded, self.precision)
 
     def weighed(self, weights: Tensor, recorded: Tensor, kept: Tensor | None) -> None:
         """Compares the weights, where they count, with those that were recorded."""

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from kd_balance.logits import Alignment, Untraceable
 from kd_balance.loss import WeightedKDLoss
+from kd_balance.record import CriterionCall
 from kd_balance.replay import RandomState, StudentCall, leaves_of, preserved_random_state
 
 MetaForward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -129,9 +131,12 @@ class MetaObjective:
         self._criterion = criterion
         self._teacher = teacher
         self._forward = forward
+        self._alignment = Alignment(criterion.ignore_index)
 
-    def on(self, batch: Any, call: StudentCall) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        """The meta loss on one batch, the student being called as it was in `call`.
+    def on(
+        self, batch: Any, training: CriterionCall
+    ) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """The meta loss on one batch, student and criterion being called as they were in training.
 
         Returns:
             A function of the student's parameters by name; those missing are the student's own.
@@ -139,6 +144,7 @@ class MetaObjective:
         Raises:
             ValueError: the batch does not fit the recorded call.
         """
+        call = training.student_call
         batch = tree_map(lambda x: _brought_to(call.device, x), batch)
         if self._forward is None:
             inputs, targets = _split(batch)
@@ -155,11 +161,42 @@ class MetaObjective:
         def meta_loss(params: Mapping[str, Tensor]) -> Tensor:
             with preserved_random_state(call.device):
                 if self._forward is None:
-                    return self._loss(call.call(params, args, kwargs), teacher_logits, targets)
+                    output = call.call(params, args, kwargs)
+                    return self._loss(*self._alike(training, output, teacher_logits, targets))
                 output = call.through(self._forward, params, (self._student, batch), {})
                 return self._loss(output[0], teacher_logits, output[1])
 
         return meta_loss
+
+    def _alike(
+        self, training: CriterionCall, output: Any, teacher_logits: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logits and labels of a meta batch, made as the loop makes those of its own batches."""
+        function, picked = training.retraced, [out.pick(output) for out in training.outputs]
+        if function is None:
+            return picked[0], teacher_logits, targets
+        if isinstance(function, Untraceable):
+            raise ValueError(
+                f"the loop makes the logits of the student's output by {function}, whose like for "
+                "a meta batch is not known: pass to_logits=, the function from the student's "
+                "output to the logits, or meta_forward=."
+            )
+        if len({id(out.call) for out in training.outputs}) > 1:
+            raise ValueError(
+                "the loop makes the logits of several calls of the student, which a meta batch "
+                "has no inputs for: pass meta_forward=."
+            )
+        logits, shape = function(*picked), picked[0].shape
+        if teacher_logits is not None and teacher_logits.shape != logits.shape:
+            teacher_logits = function(teacher_logits)
+        samples = logits.movedim(self._criterion.class_dim, -1).shape[:-1]
+        if targets.is_floating_point() or targets.shape == samples:
+            return logits, teacher_logits, targets
+        given = leaves_of((training.student_call.args, training.student_call.kwargs))
+        candidates = [x for x in given if isinstance(x, Tensor)]
+        was = training.outputs[0].value.shape
+        self._alignment.look(function, was, training.targets, candidates)
+        return logits, teacher_logits, self._alignment.of(targets, function, shape)
 
     def try_out(self, meta_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
         """Evaluates a meta loss once, so that a misfit shows before the student has moved.

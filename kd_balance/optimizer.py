@@ -27,8 +27,8 @@ from kd_balance.inner_step import (
 from kd_balance.invariants import GRADIENT, Broken, Invariants, distance
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
-from kd_balance.record import Recorder, Recording
-from kd_balance.replay import StudentCall, Structure, replayable, stops_gradients
+from kd_balance.record import CriterionCall, Recorder, Recording
+from kd_balance.replay import Structure, replayable, stops_gradients
 
 METHODS = ("online", "lookahead", "paper")
 UNROLL, EVERY = 4, 64  # a window: fewer steps of it gain less, more windows gain nothing
@@ -79,6 +79,10 @@ class BilevelOptimizer(Optimizer):
             makes up for rare steps: 1e-3, or 2.5e-4 · `every` if that is more.
         meta_forward: ``(student, batch) -> (student_logits, targets)`` for meta batches of any
             other shape.
+        to_logits: from what the student returns to the logits that the criterion is given, such as
+            ``lambda output: output[:, :-1]``. What the loop makes of them is followed without it,
+            and repeated for meta batches where it means the same there: slices, other shapes,
+            choices of classes, scalar factors, softmax, upsampling, sums.
         grad_scaler: the GradScaler of the loop, whose scale the hypergradient must not carry.
 
     Raises:
@@ -113,6 +117,7 @@ class BilevelOptimizer(Optimizer):
         teacher: Callable[..., Tensor] | None = None,
         meta_optimizer: Optimizer | None = None,
         meta_forward: MetaForward | None = None,
+        to_logits: Callable[[Any], Tensor] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         _check_choice("method", method, METHODS)
@@ -171,7 +176,9 @@ class BilevelOptimizer(Optimizer):
         self.__setstate__({})  # gives this optimizer its own step hooks
         _supersede_wrapper_of(module)
         self._gradients = Gradients(self._structure, optimizer)
-        self._recorder = Recorder(student, self._structure, criterion, self._gradients)
+        self._recorder = Recorder(
+            student, self._structure, criterion, self._gradients, to_logits
+        )
         self._invariants = Invariants()
         self._ended: dict[str, Tensor] = {}  # the parameters that the window's last step left
         _watching.add(self)
@@ -488,7 +495,7 @@ class BilevelOptimizer(Optimizer):
 
     def _look_at_first_step(self, inner: InnerStep) -> None:
         """Goes through a meta update of this step alone: what cannot work shows at once."""
-        meta_loss = self._objective.on(self._meta_set.peek(), inner.calls[-1].student_call)
+        meta_loss = self._objective.on(self._meta_set.peek(), inner.calls[-1])
         self._try_out([inner], meta_loss)
 
     def _recorded_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
@@ -500,7 +507,7 @@ class BilevelOptimizer(Optimizer):
     def _bilevel_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """The step at the end of a window: student and weight net both move."""
         batch = self._meta_set.draw()
-        meta_loss = self._objective.on(batch, inner.calls[-1].student_call)
+        meta_loss = self._objective.on(batch, inner.calls[-1])
         steps = [*self._window, inner]
         for step in steps:
             step.is_rare = self._is_rare
@@ -530,8 +537,8 @@ class BilevelOptimizer(Optimizer):
         _check_single_process(self.student)
         self._objective.try_out(meta_loss)
         last = steps[-1]
-        call = last.calls[-1].student_call
-        self._invariants.precision = call.precision(last.update.params)
+        call = last.calls[-1]
+        self._invariants.precision = call.student_call.precision(last.update.params)
         try:
             self._rehearse(steps, meta_loss)
         except Broken as broken:
@@ -557,15 +564,15 @@ class BilevelOptimizer(Optimizer):
             self._warn_of_curvature(call, trained)  # some may rest by now
         self._looked = True
 
-    def _warn_of_curvature(self, call: StudentCall, params: Mapping[str, Tensor]) -> None:
+    def _warn_of_curvature(self, call: CriterionCall, params: Mapping[str, Tensor]) -> None:
         """Tells what hypergradients through several steps take for granted."""
-        if stops_gradients(call, params):
+        if stops_gradients(call.replay, params):
             self._warn_once(
                 "The student detaches what depends on its parameters: that counts as constant in "
                 "the curvature too, so hypergradients through several steps miss what the weights "
                 "change through it; set unroll=1 to have them exact."
             )
-        hooked = [name for name, m in call.student.named_modules()
+        hooked = [name for name, m in self._structure.student.named_modules()
                   if m._backward_hooks or m._backward_pre_hooks]
         if hooked:
             self._warn_once(
@@ -641,7 +648,7 @@ class BilevelOptimizer(Optimizer):
                 kept = self.criterion.kept(call.targets)
                 weights = self.criterion.weigh(call.features, call.weights, kept)
             with torch.enable_grad():
-                losses = call.losses(self.criterion, call.logits(leaves))
+                losses = call.losses(self.criterion, call.replay(leaves))
                 change = self.criterion.combine(losses, weights - call.weights, call.targets)
             gradients = torch.autograd.grad(
                 change, list(leaves.values()), call.upstream, allow_unused=True

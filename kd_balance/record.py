@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from kd_balance.backward import ignore, watch
 from kd_balance.gradients import Gradients
 from kd_balance.hooks import WeakHook
+from kd_balance.logits import Edge, Recorded, Retraced, Untraceable
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.loss_graph import leaves, surroundings
 from kd_balance.replay import StudentCall, Structure, leaves_of
@@ -22,11 +24,34 @@ from kd_balance.replay.memory_format import ReplayFormat
 
 
 @dataclass
-class CriterionCall:
-    """One call of the criterion on logits of a recorded student call."""
+class Output:
+    """One tensor that a call of the student returned."""
 
-    student_call: StudentCall
-    logits_dtype: torch.dtype  # the loop may have cast what the student returned
+    call: StudentCall
+    pick: Callable[[Any], Tensor]
+    """Out of all that the call returned."""
+    value: Tensor
+    version: int
+
+    @classmethod
+    def leaf(cls, call: StudentCall, index: int, value: Tensor) -> Output:
+        return cls(call, lambda output: leaves_of(output)[index], value.detach(), value._version)
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether the loop has not written to it in place."""
+        return self.value._version == self.version
+
+
+@dataclass
+class CriterionCall:
+    """One call of the criterion on logits made of what recorded student calls returned."""
+
+    outputs: list[Output]
+    logits_of: Callable[..., Tensor]
+    """The logits made of the outputs."""
+    retraced: Retraced | Untraceable | None
+    """The same for another batch, or why it is not known; None where they are the output."""
     teacher_logits: Tensor
     targets: Tensor
     features: Tensor  # [N, F]
@@ -40,13 +65,29 @@ class CriterionCall:
     reached: frozenset[int] | None = None
     """The ids of the tensors that backward was called for by ``inputs=``; None for all."""
 
-    def logits(self, params: Mapping[str, Tensor]) -> Tensor:
-        """What the criterion would have been given under other parameters."""
-        return self.student_call.replay(params).to(self.logits_dtype)
+    @property
+    def student_call(self) -> StudentCall:
+        """The last one that the logits are made of."""
+        return self.outputs[-1].call
 
-    def losses(self, criterion: WeightedKDLoss, logits: Tensor) -> Tensor:
-        """Per-sample losses [N, 2] of this call, had it been given these logits."""
-        return criterion.losses(logits, self.teacher_logits, self.targets)
+    def replay(self, params: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the student would have returned under other parameters."""
+        calls = {id(output.call): output.call for output in self.outputs}
+        returned = {key: call.replay(params) for key, call in calls.items()}
+        return [output.pick(returned[id(output.call)]) for output in self.outputs]
+
+    def losses(self, criterion: WeightedKDLoss, outputs: Sequence[Tensor]) -> Tensor:
+        """Per-sample losses [N, 2] of this call, had the student returned these outputs."""
+        return criterion.losses(self.logits_of(*outputs), self.teacher_logits, self.targets)
+
+    def replayed(
+        self, outputs: Sequence[Tensor], losses: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What a replay gave beside what was recorded."""
+        if self.retraced is None:
+            return [losses], [self.recorded_losses]
+        pairs = [(o, out.value) for o, out in zip(outputs, self.outputs) if out.unwritten]
+        return [losses, *(o for o, _ in pairs)], [self.recorded_losses, *(v for _, v in pairs)]
 
     def check_versions(self) -> None:
         """Looks for writes; waits for nothing.
@@ -129,7 +170,9 @@ class Recorder:
         structure: Structure,
         criterion: WeightedKDLoss,
         gradients: Gradients,
+        to_logits: Callable[[Any], Tensor] | None,
     ) -> None:
+        self._to_logits = to_logits
         self._mark = object()  # in graphs, which must not keep this object alive
         self._active = False
         self._gradients = gradients
@@ -317,8 +360,8 @@ class Recorder:
         for index, leaf in enumerate(leaves_of(output)):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 node: Any = leaf.grad_fn
-                calls = node.metadata.setdefault(self._mark, {})
-                calls[leaf.output_nr] = self._keep(replace(call, leaf=index))
+                outputs = node.metadata.setdefault(self._mark, {})
+                outputs[leaf.output_nr] = self._keep(Output.leaf(call, index, leaf))
 
     def _after_criterion(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
@@ -352,7 +395,7 @@ class Recorder:
 
         loss.register_hook(remember)
 
-    def _keep(self, call: StudentCall | CriterionCall) -> _Kept:
+    def _keep(self, call: Output | CriterionCall) -> _Kept:
         kept = _Kept(call)
         self._kept.add(kept)
         return kept
@@ -362,18 +405,20 @@ class Recorder:
     ) -> CriterionCall:
         features, losses = self._criterion.last_features, self._criterion.last_losses
         assert features is not None and losses is not None
-        student_call = self._student_call_of(student_logits)
-        self._check_arguments(student_call)
+        outputs, logits_of, retraced = self._made_of(student_logits)
+        for call in {id(output.call): output.call for output in outputs}.values():
+            self._check_arguments(call)
         return CriterionCall(
-            student_call,
-            student_logits.dtype,
+            outputs,
+            logits_of,
+            retraced,
             teacher_logits.detach(),
             targets,
             features,
             self._criterion.weights,
             losses,
             result,
-            _versions(student_call, teacher_logits, targets),
+            _versions(outputs, teacher_logits, targets),
         )
 
     def _check_arguments(self, call: StudentCall) -> None:
@@ -395,29 +440,74 @@ class Recorder:
                     "within the student's forward, or .detach() it."
                 )
 
-    def _student_call_of(self, logits: Tensor) -> StudentCall:
-        """The call that returned these logits, cast to another dtype at most."""
-        node: Any = logits.grad_fn
-        output_nr = logits.output_nr
-        while node is not None:
-            kept = node.metadata.get(self._mark, {}).get(output_nr)
-            if kept is not None and kept.call is not None and kept.call.device == logits.device:
-                return kept.call
-            if node.name() != "ToCopyBackward0":
-                break
-            node, output_nr = node.next_functions[0]
-        raise ValueError(
-            f"student_logits of shape {tuple(logits.shape)} are no tensor that the student "
-            "returned since the last step, expected the student's own output: give the criterion "
-            "the very tensor the wrapped student returned, and move slices and reshapes into the "
-            "student or into hard_loss and soft_loss, or shift the labels instead."
-        )
+    def _made_of(
+        self, logits: Tensor
+    ) -> tuple[list[Output], Callable[..., Tensor], Retraced | Untraceable | None]:
+        """The outputs of the student that these logits were made of, and how they were made."""
+        dtype = logits.dtype
+        root: Edge = logits.grad_fn, logits.output_nr
+        found = self._outputs_within(root, logits.shape)
+        outputs = list(found.values())
+        if self._to_logits is not None:
+            if len(calls := {id(output.call) for output in outputs}) > 1:
+                raise ValueError(
+                    f"student_logits are made of {len(calls)} calls of the student and to_logits "
+                    "is given, expected one: leave to_logits out."
+                )
+            named = Output(outputs[0].call, self._to_logits, logits.detach(), logits._version)
+            return [named], lambda z: z.to(dtype), None
+        node, number = root
+        while (node, number) not in found and node.name() == "ToCopyBackward0":
+            node, number = node.next_functions[0]
+        if (node, number) in found and logits.device == outputs[0].value.device:
+            return outputs, lambda y: y.to(dtype), None
+        try:
+            recorded = Recorded(logits, [GradientEdge(*edge) for edge in found])
+        except RuntimeError as error:
+            raise ValueError(
+                "what the loop made of the student's output cannot be differentiated twice, "
+                "expected logits that can: pass to_logits=, the function from the student's output "
+                "to the logits, or move it into the student."
+            ) from error
+        retraced: Retraced | Untraceable
+        try:
+            retraced = Retraced(root, list(found), self._criterion.class_dim)
+        except Untraceable as reason:
+            retraced = reason
+        return outputs, recorded, retraced
+
+    def _outputs_within(self, root: Edge, shape: torch.Size) -> dict[Edge, Output]:
+        """Where in the graph of logits outputs of the student stand."""
+        found: dict[Edge, Output] = {}
+        stack, seen = [root], set()
+        others = set()
+        while stack:
+            node, number = edge = stack.pop()
+            if node is None or edge in seen:
+                continue
+            seen.add(edge)
+            kept = node.metadata.get(self._mark, {}).get(number)
+            if kept is not None and kept.call is not None:
+                found[edge] = kept.call
+            elif hasattr(node, "variable"):
+                others.add(node.variable)
+            else:
+                stack += reversed(node.next_functions)
+        if not found or any(leaf in self._structure.parameters for leaf in others):
+            raise ValueError(
+                f"student_logits of shape {tuple(shape)} are made of the student's parameters and "
+                "of no tensor that it returned since the last step, expected the student's own "
+                "output and what the loop makes of it: give the criterion what the wrapped student "
+                "returned, and call no part of it by itself."
+            )
+        return found
 
 
 def _versions(
-    call: StudentCall, teacher_logits: Tensor, targets: Tensor
+    outputs: list[Output], teacher_logits: Tensor, targets: Tensor
 ) -> list[tuple[str, Tensor, int]]:
-    inputs = [leaf for leaf in leaves_of((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    given = [(output.call.args, output.call.kwargs) for output in outputs]
+    inputs = [leaf for leaf in leaves_of(given) if isinstance(leaf, Tensor)]
     named = [("an input", x) for x in inputs]
     named += [("teacher_logits", teacher_logits), ("targets", targets)]
     return [(name, x, x._version) for name, x in named if not x.is_inference()]

@@ -178,21 +178,26 @@ def _forward_mode(
             tangent = direction.get(name)
             duals[name] = param if tangent is None else make_dual(param, tangent)
         with FusedRules(tangents=True):
-            dual_logits = call.logits(duals)
-        logits, tangent = fwAD.unpack_dual(dual_logits)
-        if tangent is None:
+            dual_outputs = call.replay(duals)
+        outputs, tangents = zip(*map(fwAD.unpack_dual, dual_outputs))
+        if all(tangent is None for tangent in tangents):
             return torch.zeros_like(call.weights), curvature
-        loss_tangents, gradient, gradient_tangent = _loss_tangents(
-            criterion, call, logits.detach(), tangent.detach(), invariants
+        loss_tangents, gradients = _loss_tangents(
+            criterion,
+            call,
+            [output.detach() for output in outputs],
+            [torch.zeros_like(o) if t is None else t.detach() for o, t in zip(outputs, tangents)],
+            invariants,
         )
         if with_curvature:
-            gradients = torch.autograd.grad(
-                dual_logits,
+            trained = [i for i, output in enumerate(dual_outputs) if output.requires_grad]
+            by_param = torch.autograd.grad(
+                [dual_outputs[i] for i in trained],
                 list(duals.values()),
-                make_dual(gradient, gradient_tangent),
+                [make_dual(*gradients[i]) for i in trained],
                 allow_unused=True,
             )
-            for name, gradient in zip(duals, gradients, strict=True):
+            for name, gradient in zip(duals, by_param, strict=True):
                 tangent = None if gradient is None else fwAD.unpack_dual(gradient).tangent
                 if tangent is not None:
                     curvature[name] = tangent.detach()
@@ -202,31 +207,34 @@ def _forward_mode(
 def _loss_tangents(
     criterion: WeightedKDLoss,
     call: CriterionCall,
-    logits: Tensor,
-    direction: Tensor,
+    outputs: list[Tensor],
+    direction: list[Tensor],
     invariants: Invariants,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """In a direction of the logits, the derivatives of the losses and of the logits' gradient.
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """In a direction of the outputs, the derivatives of the losses and of the outputs' gradients.
 
     Two backward passes: the first is linear in what it begins with, and its transpose is wanted;
-    its derivative by the logits is symmetric. Forward mode does the same, but goes through softmax
+    its derivative by the outputs is symmetric. Forward mode does the same, but goes through softmax
     and KL in Python.
 
     Returns:
-        The tangents of the losses [N, 2]; the gradient of the result by the logits; its tangent.
+        The tangents of the losses [N, 2]; of every output the gradient of the result by it, and
+        that gradient's tangent.
     """
     with torch.enable_grad():
-        logits.requires_grad_()
-        losses = call.losses(criterion, logits)
-        invariants.replayed(losses, call.recorded_losses)
+        for output in outputs:
+            output.requires_grad_()
+        losses = call.losses(criterion, outputs)
+        invariants.replayed(*call.replayed(outputs, losses))
         start = _by_losses(criterion, call, losses).requires_grad_()
-        (gradient,) = torch.autograd.grad(losses, logits, start, create_graph=True)
-        tangents, gradient_tangent = torch.autograd.grad(
-            gradient, (start, logits), direction, allow_unused=True
+        gradients = torch.autograd.grad(losses, outputs, start, create_graph=True)
+        by_start, *by_outputs = torch.autograd.grad(
+            gradients, (start, *outputs), direction, allow_unused=True
         )
-    if gradient_tangent is None:  # losses that are linear in the logits
-        gradient_tangent = torch.zeros_like(gradient)
-    return tangents, gradient.detach(), gradient_tangent
+    return by_start, [  # losses that are linear in the outputs have no second derivative
+        (gradient.detach(), torch.zeros_like(gradient) if tangent is None else tangent)
+        for gradient, tangent in zip(gradients, by_outputs, strict=True)
+    ]
 
 
 def _by_losses(criterion: WeightedKDLoss, call: CriterionCall, losses: Tensor) -> Tensor:
@@ -259,8 +267,9 @@ def _double_backward(
     leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
     weights = call.weights.detach().requires_grad_()
     with torch.enable_grad():
-        losses = call.losses(criterion, call.logits(leaves))
-        invariants.replayed(losses, call.recorded_losses)
+        outputs = call.replay(leaves)
+        losses = call.losses(criterion, outputs)
+        invariants.replayed(*call.replayed(outputs, losses))
         result = criterion.combine(losses, weights, call.targets)
         gradients = torch.autograd.grad(
             result,
@@ -273,9 +282,9 @@ def _double_backward(
     if not pairs:
         return torch.zeros_like(call.weights), {}
     wanted = list(leaves.values()) if with_curvature else []
-    outputs, cotangents = zip(*pairs)
+    ends, cotangents = zip(*pairs)
     weight_gradient, *second = torch.autograd.grad(
-        outputs, [weights, *wanted], cotangents, allow_unused=True
+        ends, [weights, *wanted], cotangents, allow_unused=True
     )
     curvature = dict(zip(leaves, second)) if with_curvature else {}
     return weight_gradient, {name: h for name, h in curvature.items() if h is not None}

@@ -78,8 +78,9 @@ def _training_loss(
         assert call.upstream is not None
         own = call.part_of(params, step.ids)
         mapped = {**resting, **own}
-        losses = call.losses(criterion, call.logits(mapped))
-        invariants.replayed(losses, call.recorded_losses)
+        outputs = call.replay(mapped)
+        losses = call.losses(criterion, outputs)
+        invariants.replayed(*call.replayed(outputs, losses))
         weights = criterion.weigh(call.features, losses, criterion.kept(call.targets))
         invariants.weighed(weights, call.weights, criterion.kept(call.targets))
         result = criterion.combine(losses, weights, call.targets)

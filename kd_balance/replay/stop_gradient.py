@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,28 +11,30 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kd_balance.replay.fused_rules import FusedRules, make_dual
-from kd_balance.replay.student_call import StudentCall
 
 _DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
-def stops_gradients(call: StudentCall, params: Mapping[str, Tensor]) -> bool:
-    """Whether the logits depend on the parameters through what the student detaches.
+Replay = Callable[[Mapping[str, Tensor]], list[Tensor]]
+
+
+def stops_gradients(replay: Replay, params: Mapping[str, Tensor]) -> bool:
+    """Whether the outputs depend on the parameters through what the student detaches.
 
     False too for a student without forward-mode derivative, of which it is not known.
 
     Args:
-        call: is repeated, with tangents that pass what is detached, and without.
+        replay: the call, repeated with tangents that pass what is detached, and without.
         params: that the call was made with.
     """
     try:
         passing = _Passing()
         with FusedRules(tangents=True), passing:
-            whole = _tangent(call, params)
+            whole = _tangent(replay, params)
         if not passing.met:
             return False
         with FusedRules(tangents=True):
-            return not torch.allclose(whole, _tangent(call, params), 1e-4, 1e-6)
+            return not torch.allclose(whole, _tangent(replay, params), 1e-4, 1e-6)
     except (RuntimeError, NotImplementedError):
         return False
 
@@ -54,10 +56,10 @@ class _Passing(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _tangent(call: StudentCall, params: Mapping[str, Tensor]) -> Tensor:
-    """Of the logits, in a direction that every parameter has a part in."""
+def _tangent(replay: Replay, params: Mapping[str, Tensor]) -> Tensor:
+    """Of the outputs, in a direction that every parameter has a part in."""
     with fwAD.dual_level(), torch.no_grad():
         duals = {n: make_dual(p.detach(), torch.ones_like(p)) for n, p in params.items()}
-        logits = call.replay(duals)
-        tangent = fwAD.unpack_dual(logits).tangent
-        return torch.zeros_like(logits) if tangent is None else tangent.clone()
+        pairs = [fwAD.unpack_dual(output) for output in replay(duals)]
+        parts = [torch.zeros_like(p) if t is None else t.clone() for p, t in pairs]
+        return torch.cat([part.flatten() for part in parts])

@@ -62,7 +62,6 @@ class StudentCall:
     training: list[bool]
     format: ReplayFormat
     draws_random_numbers: bool = False
-    leaf: int = 0  # which leaf of the output's pytree are the logits
 
     @classmethod
     def about_to_happen(
@@ -105,8 +104,8 @@ class StudentCall:
             self.replay(params)
         return max(formats.seen, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def replay(self, params: Mapping[str, Tensor]) -> Tensor:
-        """The logits of this very call, dropout masks included, under other parameters.
+    def replay(self, params: Mapping[str, Tensor]) -> Any:
+        """The output of this very call, dropout masks included, under other parameters.
 
         Args:
             params: parameters by name; those missing are the student's own.
@@ -117,10 +116,9 @@ class StudentCall:
 
     def call(
         self, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        """The logits for other arguments, the student called as it was in this call."""
-        output = self.through(self.student, params, args, kwargs)
-        return leaves_of(output)[self.leaf]
+    ) -> Any:
+        """The output for other arguments, the student called as it was in this call."""
+        return self.through(self.student, params, args, kwargs)
 
     def through(
         self,
