@@ -12,6 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of every sample; a class of −∞ that no target asks for has no part in it.
+
+    Args:
+        logits: [N, C].
+        targets: class indices [N] or probabilities [N, C].
+
+    Returns:
+        [N], in nats.
+    """
+    if targets.dim() == 1:
+        return F.cross_entropy(logits, targets, reduction="none")
+    terms = targets * logits.log_softmax(1)
+    return -torch.where(targets > 0, terms, 0.0).sum(1)  # 0 · ∞ would not be a number
+
+
 class BalancedSoftmax(nn.Module):
     """Cross entropy of logits shifted by the log frequency of their class.
 
@@ -58,24 +74,21 @@ class BalancedSoftmax(nn.Module):
         logits = student_logits
         if self.strength:  # times −∞ it would not be a number
             logits = logits + self.strength * self.log_prior.to(logits)
-        if targets.dim() == 1:
-            return F.cross_entropy(logits, targets, reduction="none")
-        terms = targets * logits.log_softmax(1)
-        return -torch.where(targets > 0, terms, 0.0).sum(1)  # nor would 0 · ∞
+        return cross_entropy(logits, targets)
 
 
 class ClassBalancedCrossEntropy(nn.Module):
     """Cross entropy weighted by the inverse effective number of samples of the label's class.
 
     Args:
-        class_counts: training samples of each class [C], each above 0.
+        class_counts: training samples of each class [C].
         beta: in [0, 1): 0 is plain cross entropy, near 1 is weighting by inverse frequency.
 
     Calling it with student_logits [N, C] and targets (class indices [N] or probabilities [N, C])
     gives [N].
 
     Raises:
-        ValueError: a class without samples, or beta out of its range.
+        ValueError: no class with samples, or beta out of its range.
 
     Example::
 
@@ -101,25 +114,22 @@ def effective_number_weights(class_counts: Tensor | Sequence[int], beta: float) 
     """Class weights (1 − beta) / (1 − beta^n), scaled to mean one.
 
     Args:
-        class_counts: training samples n of each class [C], each above 0.
+        class_counts: training samples n of each class [C]. A class without any is taken for as
+            frequent as the rarest that has some.
         beta: in [0, 1).
 
     Returns:
         float [C].
 
     Raises:
-        ValueError: a class without samples, or beta out of its range.
+        ValueError: no class with samples, or beta out of its range.
 
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 2019, eq. 2.
     """
     if not 0 <= beta < 1:
         raise ValueError(f"beta is {beta}, expected a number from 0 to below 1.")
     counts = _counts(class_counts)
-    if not bool((counts > 0).all()):
-        raise ValueError(
-            f"class_counts is {counts.tolist()}, expected a number above 0 for each class: leave "
-            "out classes that never occur."
-        )
+    counts = counts.clamp(min=counts[counts > 0].min())
     weights = (1 - beta) / (1 - beta**counts)
     return (weights / weights.mean()).float()
 

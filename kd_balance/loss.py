@@ -8,10 +8,10 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_balance.hard_losses import BalancedSoftmax
+from kd_balance.hard_losses import BalancedSoftmax, cross_entropy
+from kd_balance.soft_losses import temperature_kl
 from kd_balance.teacher_bias import prior_bias
 from kd_balance.weight_net import DEFAULT_FEATURES, LogFrequency, MetaWeightNet, compute_features
 
@@ -359,7 +359,7 @@ class WeightedKDLoss(nn.Module):
 
     def _losses(self, flat: _Flat) -> Tensor:
         if self.hard_loss is None:
-            hard = F.cross_entropy(flat.student, flat.targets, reduction="none")
+            hard = cross_entropy(flat.student, flat.targets)
         else:
             hard = self.hard_loss(flat.student, flat.targets)
         if self.soft_loss is None:
@@ -386,23 +386,6 @@ class WeightedKDLoss(nn.Module):
         if targets.is_floating_point():
             shape.pop(self.class_dim)
         return shape
-
-
-def temperature_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) of every sample, both softened by the temperature T.
-
-    Args:
-        student_logits, teacher_logits: [N, C].
-        temperature: T, above 0.
-
-    Returns:
-        [N], in nats times T².
-
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, eq. 1.
-    """
-    student = (student_logits / temperature).log_softmax(1)
-    teacher = (teacher_logits / temperature).log_softmax(1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2
 
 
 def _pair(alpha: float | Sequence[float]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from kd_balance.hard_losses import cross_entropy
 from kd_balance.logits import Alignment, Untraceable
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
@@ -279,8 +280,8 @@ class MetaObjective:
             if self.kind in ("hard", "mix"):
                 classes_second = logits.movedim(criterion.class_dim, 1)
                 if targets.is_floating_point():
-                    targets_second = targets.movedim(criterion.class_dim, 1)
-                    loss = loss + F.cross_entropy(classes_second, targets_second)
+                    pair = (x.movedim(criterion.class_dim, -1) for x in (logits, targets))
+                    loss = loss + cross_entropy(*(x.flatten(0, -2) for x in pair)).mean()
                 else:
                     loss = loss + F.cross_entropy(
                         classes_second, targets, ignore_index=criterion.ignore_index

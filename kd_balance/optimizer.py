@@ -673,7 +673,8 @@ class BilevelOptimizer(Optimizer):
                 if call.result.device.type == "cpu" and not call.result.isfinite().all():
                     raise ValueError(
                         f"the criterion returned {call.result.flatten()[0].item()}, expected a "
-                        "finite loss: look for nan or inf in the student's or teacher's logits."
+                        "finite loss: look for nan or inf in the student's or teacher's logits, "
+                        "such as a class that is −inf in the student's alone."
                     )
 
     def _undo_loss_scale(self, recording: Recording) -> float:

@@ -1,6 +1,7 @@
 """Soft losses, to take the temperature KL's place in ``WeightedKDLoss``.
 
-Each maps (student_logits [N, C], teacher_logits [N, C]) to one loss a sample, [N].
+Each maps (student_logits [N, C], teacher_logits [N, C]) to one loss a sample, [N]. A class whose
+logit is −∞ in both, as those that pad a vocabulary, has no part in it.
 :class:`DecoupledKD` also needs the targets, because it treats the label's class apart.
 """
 
@@ -48,8 +49,8 @@ class BalancedKL(nn.Module):
     """KL to a teacher whose probabilities are weighted by class and normalised again.
 
     Args:
-        class_counts: training samples of each class [C], each above 0; rare classes weigh more,
-            by their effective number of samples.
+        class_counts: training samples of each class [C]; rare classes weigh more, by their
+            effective number of samples, and one without any as much as the rarest.
         temperature: T, above 0, which softens student and teacher.
         beta: in [0, 1), of the effective number.
 
@@ -111,8 +112,8 @@ class DecoupledKD(nn.Module):
         is_label = F.one_hot(targets, student_logits.shape[1]).bool()
         student_two, student_rest = self._decouple(student_logits, is_label)
         teacher_two, teacher_rest = self._decouple(teacher_logits, is_label)
-        target = _kl(student_two, teacher_two)
-        other = _kl(student_rest, teacher_rest)
+        target = kl_divergence(student_two, teacher_two)
+        other = kl_divergence(student_rest, teacher_rest)
         return (self.target_weight * target + self.other_weight * other) * self.temperature**2
 
     def _decouple(self, logits: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,13 +125,32 @@ class DecoupledKD(nn.Module):
         return two.log_softmax(1), rest.log_softmax(1)
 
 
+def temperature_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) of every sample, both softened by the temperature T.
+
+    Args:
+        student_logits, teacher_logits: [N, C]; a class of −∞ in both has no part in it.
+        temperature: T, above 0.
+
+    Returns:
+        [N], in nats times T²; infinite where the student alone has −∞.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, eq. 1.
+    """
+    teacher = (teacher_logits / temperature).log_softmax(1)
+    return _scaled_kl(student_logits, teacher, temperature)
+
+
+def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of log probabilities [N, C], [N]; 0 · ∞ counts as 0."""
+    probabilities = teacher.exp()
+    terms = probabilities * (teacher - student)
+    return torch.where(probabilities > 0, terms, 0.0).sum(1)
+
+
 def _scaled_kl(student_logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return _kl((student_logits / temperature).log_softmax(1), teacher) * temperature**2
-
-
-def _kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of log probabilities [N, C], [N]."""
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    student = (student_logits / temperature).log_softmax(1)
+    return kl_divergence(student, teacher) * temperature**2
 
 
 def _positive(name: str, value: float) -> float:

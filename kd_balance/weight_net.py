@@ -5,27 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_balance.hard_losses import log_prior
+from kd_balance.hard_losses import cross_entropy, log_prior
+from kd_balance.soft_losses import kl_divergence
 
 Feature = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(student_logits [N, C], teacher_logits [N, C], targets [N] or [N, C]) -> [N]."""
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    log_probabilities = logits.log_softmax(1)
-    return -(log_probabilities.exp() * log_probabilities).sum(1)
+    return torch.special.entr(logits.softmax(1)).sum(1)
 
 
 def _kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    return F.kl_div(
-        student_logits.log_softmax(1),
-        teacher_logits.log_softmax(1),
-        reduction="none",
-        log_target=True,
-    ).sum(1)
+    return kl_divergence(student_logits.log_softmax(1), teacher_logits.log_softmax(1))
 
 
 def _margin(logits: Tensor, targets: Tensor) -> Tensor:
@@ -35,8 +29,8 @@ def _margin(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 FEATURES: dict[str, Feature] = {
-    "student_ce": lambda s, t, y: F.cross_entropy(s, y, reduction="none"),
-    "teacher_ce": lambda s, t, y: F.cross_entropy(t, y, reduction="none"),
+    "student_ce": lambda s, t, y: cross_entropy(s, y),
+    "teacher_ce": lambda s, t, y: cross_entropy(t, y),
     "kl": lambda s, t, y: _kl(s, t),
     "student_entropy": lambda s, t, y: _entropy(s),
     "teacher_entropy": lambda s, t, y: _entropy(t),

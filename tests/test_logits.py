@@ -163,6 +163,33 @@ def test_the_student_is_that_of_the_plain_loop(kind, name):
     assert_leaves_what_the_plain_loop_leaves(plain(3), **options_of(kind, name))
 
 
+@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("named", [False, True])
+def test_classes_that_the_loop_masks_in_student_and_teacher(named, steps, engine):
+    mask = torch.tensor([0.0, 0.0, 0.0, float("-inf"), 0.0])
+
+    def loop(lab):
+        for inputs, teacher_logits, labels in lab.batches(steps):
+            lab.meta[0][1].masked_fill_(lab.meta[0][1] == 3, 0)
+            labels = labels.masked_fill(labels == 3, 0)
+            lab.optimizer.zero_grad()
+            lab.criterion(lab.call(lab.called, inputs), teacher_logits + mask, labels).backward()
+            lab.optimizer.step()
+
+    def cut(output):
+        return output[0][:, :CLASSES] + mask.to(output[0])
+
+    options = {"make": Wide, "call": lambda student, x: cut(student(x))}
+    settings = {"engine": engine}
+    if named:
+        settings["to_logits"] = cut
+    else:
+        settings["meta_forward"] = lambda student, batch: (cut(student(batch[0])), batch[1])
+
+    assert_differentiates(loop, steps=steps, rtol=1e-6, settings=settings, **options)
+
+
 UNKNOWN = {  # what a graph does not tell, or what may mean something else on another batch
     "gathered", "merged classes", "grouped by logsumexp", "scaled by class", "shifted", "in place",
     "masked", "where", "relu", "largest subtracted", "standardised", "normalised", "capped",

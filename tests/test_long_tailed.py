@@ -7,7 +7,7 @@ from torch import nn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.data import BalancedBatches
-from kd_balance.loss import temperature_kl
+from kd_balance.soft_losses import temperature_kl
 from kd_balance.teacher_bias import prior_bias
 from tests.habits import assert_one_sentence
 from tests.students import EVERY_STEP

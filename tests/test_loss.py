@@ -7,7 +7,7 @@ from torch import nn
 
 from kd_balance import MetaWeightNet, WeightedKDLoss
 from kd_balance.hard_losses import BalancedSoftmax
-from kd_balance.soft_losses import DecoupledKD
+from kd_balance.soft_losses import BalancedKL, DecoupledKD, FlattenedKL
 from kd_balance.weight_net import FEATURES, LogFrequency
 
 
@@ -102,6 +102,68 @@ def test_ignored_positions_weigh_nothing_and_are_not_counted(reduction):
     torch.testing.assert_close(loss, expected[reduction])
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     assert (gradient.abs().sum(1) > 0).equal(kept)
+
+
+MASKED = [2, 4]  # classes
+OWN_LOSSES = {
+    "usual": {},
+    "balanced": {"hard_loss": BalancedSoftmax([9, 5, 4, 2, 1])},
+    "flattened": {"soft_loss": FlattenedKL()},
+    "balanced KL": {"soft_loss": BalancedKL([9, 5, 4, 2, 1])},
+    "decoupled": {"soft_loss": DecoupledKD()},
+}
+
+
+def masked_batch(kind):
+    """Logits [6, 5] with two classes of −∞, the classes left, and targets of both."""
+    student, teacher, labels = batch(6)
+    left = [c for c in range(5) if c not in MASKED]
+    labels = torch.tensor(left)[labels % len(left)]
+    mask = torch.zeros(5).index_fill(0, torch.tensor(MASKED), float("-inf"))
+    targets = F.one_hot(labels, 5).float()
+    if kind == "smoothed":
+        targets = 0.9 * targets + 0.1 * (mask == 0) / len(left)
+    if kind == "indices":
+        targets = labels
+    return student + mask, teacher + mask, targets, left
+
+
+@pytest.mark.parametrize("name", OWN_LOSSES)
+@pytest.mark.parametrize("kind", ["indices", "smoothed"])
+def test_classes_masked_in_both_have_no_part(name, kind):
+    """In value, gradient and every feature."""
+    if name == "decoupled" and kind == "smoothed":
+        pytest.skip("decoupled KD takes class indices")
+    student, teacher, targets, left = masked_batch(kind)
+    settings = OWN_LOSSES[name]
+    criterion = WeightedKDLoss(MetaWeightNet(tuple(FEATURES)), **settings)
+    student.requires_grad_()
+    criterion(student, teacher, targets).backward()
+    assert student.grad.isfinite().all() and (student.grad[:, MASKED] == 0).all()
+    if "balanced" in name:
+        return  # its priors are those of the classes left
+    small = student[:, left].detach().requires_grad_()
+    fewer = targets[:, left] if kind == "smoothed" else torch.tensor(
+        [left.index(label) for label in targets.tolist()]
+    )
+    other = WeightedKDLoss(criterion.weight_net, **settings)
+    other(small, teacher[:, left], fewer).backward()
+    torch.testing.assert_close(criterion.last_losses, other.last_losses)
+    torch.testing.assert_close(criterion.last_features, other.last_features)
+    torch.testing.assert_close(student.grad[:, left], small.grad)
+
+
+def test_a_class_masked_in_the_teacher_has_probability_zero_and_in_the_student_alone_no_loss():
+    student, teacher, labels, left = masked_batch("indices")
+    criterion = WeightedKDLoss(alpha=(0.0, 1.0))
+    finite = torch.where(student.isinf(), 0.3, student).requires_grad_()
+    loss = criterion(finite, teacher, labels)
+    low = torch.where(teacher.isinf(), -1e4, teacher)
+    torch.testing.assert_close(loss, criterion(finite, low, labels))
+    loss.backward()
+    assert finite.grad.isfinite().all()
+    assert criterion(student, low, labels).isfinite()
+    assert criterion(student, torch.where(teacher.isinf(), 0.0, teacher), labels) == float("inf")
 
 
 def test_a_batch_of_ignored_positions_gives_zero():
