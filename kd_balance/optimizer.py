@@ -21,18 +21,22 @@ from kd_balance.inner_step import (
     InnerStep,
     Update,
     is_differentiable,
+    known_optimizers,
     predicted,
-    steps_as_written,
+    runs_unhooked,
 )
 from kd_balance.invariants import GRADIENT, Broken, Invariants, distance
+from kd_balance.joint import JointOptimizer, parts
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import CriterionCall, Recorder, Recording
 from kd_balance.replay import Structure, replayable, stops_gradients
 
 METHODS = ("online", "lookahead", "paper")
+DERIVATIVES = ("exact", "finite_difference", "sgd")
 UNROLL, EVERY = 4, 64  # a window: fewer steps of it gain less, more windows gain nothing
 _FIRST = 10  # windows that tell where the meta loss began
+_ASYMMETRY = 0.01  # of a step's Jacobian, relative
 _RATE = 1e-3  # of φ's Adam, for windows of up to UNROLL steps
 
 _watching: WeakSet[BilevelOptimizer] = WeakSet()
@@ -47,7 +51,8 @@ class BilevelOptimizer(Optimizer):
 
     Args:
         optimizer: the student's optimizer. It stays the one that moves the student; parameter
-            groups and state are read and written through to it.
+            groups and state are read and written through to it. Several that share the student's
+            parameters between them, such as Muon and AdamW, as a list.
         student: the module whose output the criterion is given. It may return its logits within
             tuples, dicts and model outputs.
         criterion: a WeightedKDLoss with a weight net; it is moved to the student's device. Frozen
@@ -69,6 +74,12 @@ class BilevelOptimizer(Optimizer):
             default of both is 1 for method "paper".
         accumulate: hypergradients averaged before φ moves. The average then stays in the ``.grad``
             of the weight net's parameters until the next one is begun.
+        step_derivative: how `optimizer`'s step is differentiated. "exact" knows SGD, Adam, AdamW,
+            RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop, Adafactor, Muon and what
+            :func:`~kd_balance.inner_step.register_update_rule` was told. For any other, with
+            method "online" and engine "adjoint": "finite_difference" nudges copies of the step, and
+            is exact to some digits where every element moves by itself, but counts what the state
+            carries from step to step as constant; "sgd" takes the step for −lr times the gradient.
         meta_loss: "hard" (cross entropy), "soft" (the criterion's soft loss), "mix" (their sum), or
             ``(student_logits, targets) -> scalar``.
         teacher: maps meta inputs to teacher logits; usually the module itself, which is in
@@ -103,7 +114,7 @@ class BilevelOptimizer(Optimizer):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | list[Optimizer] | tuple[Optimizer, ...],
         student: nn.Module,
         criterion: WeightedKDLoss,
         meta_loader: Iterable[Any],
@@ -113,6 +124,7 @@ class BilevelOptimizer(Optimizer):
         unroll: int | None = None,
         every: int | None = None,
         accumulate: int = 1,
+        step_derivative: str = "exact",
         meta_loss: str | MetaLoss = "hard",
         teacher: Callable[..., Tensor] | None = None,
         meta_optimizer: Optimizer | None = None,
@@ -122,6 +134,13 @@ class BilevelOptimizer(Optimizer):
     ) -> None:
         _check_choice("method", method, METHODS)
         _check_choice("engine", engine, tuple(ENGINES))
+        _check_choice("step_derivative", step_derivative, DERIVATIVES)
+        if step_derivative != "exact" and (method, engine) != ("online", "adjoint"):
+            raise ValueError(
+                f"step_derivative is {step_derivative!r} with method={method!r} and "
+                f"engine={engine!r}, expected 'exact' there: use method 'online' and engine "
+                "'adjoint', or leave it out."
+            )
         unroll, every = _window(method, unroll, every)
         for name, value in (("unroll", unroll), ("every", every), ("accumulate", accumulate)):
             if not isinstance(value, int) or value < 1:
@@ -132,20 +151,22 @@ class BilevelOptimizer(Optimizer):
                 f"same in all unrolled steps, so set every={unroll} or more."
             )
         weight_net = _weight_net_of(criterion)
-        _check_optimizer(optimizer, method)
+        whole = JointOptimizer(optimizer) if isinstance(optimizer, (list, tuple)) else optimizer
+        _check_optimizer(whole, method, step_derivative)
         _check_single_process(student)
         module = replayable(student)
         _check_modules(module)
         self._structure = Structure(module)
-        _check_parameters(optimizer, self._names, weight_net)
+        _check_parameters(whole, self._names, weight_net)
 
-        self.optimizer = optimizer
+        self.optimizer = whole
         self.student = student
         self.criterion = criterion
         self.method = method
         self.unroll = unroll
         self.every = every
         self.accumulate = accumulate
+        self.step_derivative = step_derivative
         criterion.follow(next(module.parameters()).device)
         self.meta_optimizer = meta_optimizer or torch.optim.Adam(
             criterion.phi, lr=_RATE * max(1.0, every / UNROLL), weight_decay=1e-4
@@ -175,7 +196,7 @@ class BilevelOptimizer(Optimizer):
         self._skipped = torch.zeros((), dtype=torch.long)
         self.__setstate__({})  # gives this optimizer its own step hooks
         _supersede_wrapper_of(module)
-        self._gradients = Gradients(self._structure, optimizer)
+        self._gradients = Gradients(self._structure, whole)
         self._recorder = Recorder(
             student, self._structure, criterion, self._gradients, to_logits
         )
@@ -304,7 +325,9 @@ class BilevelOptimizer(Optimizer):
             self.optimizer,
             self._names,
             clipping=self._clipping(scale),
-            plain_sgd=self.method == "paper" and self._window_position == self.every - 1,
+            plain_sgd=self.step_derivative == "sgd"
+            or (self.method == "paper" and self._window_position == self.every - 1),
+            finite_difference=self.step_derivative == "finite_difference",
         )
         accumulated = self._gradients.accumulated(self._names, scale)
         ids = {name: id(param) for param, name in self._names.items()}
@@ -457,9 +480,8 @@ class BilevelOptimizer(Optimizer):
             closure: of the step.
             ends: whether it is the last one of a window.
         """
-        looks = is_differentiable(self.optimizer) and (
-            self._is_rare or not steps_as_written(self.optimizer)
-        )
+        known = self.step_derivative == "finite_difference" or is_differentiable(self.optimizer)
+        looks = known and (self._is_rare or not runs_unhooked(self.optimizer))
         moved = predicted(self.optimizer) if looks else {}
         length = distance(list(moved.values()), list(moved)) if moved else None
         self._student_step(closure)
@@ -562,6 +584,14 @@ class BilevelOptimizer(Optimizer):
         if self.unroll > 1:
             trained = {n: p for step in steps for n, p in step.update.params.items()}
             self._warn_of_curvature(call, trained)  # some may rest by now
+        for own_step in last.update.own_steps:
+            if (asymmetry := own_step.asymmetry()) > _ASYMMETRY:
+                self._warn_once(
+                    "The Jacobian of the optimizer's step is not symmetric, as step_derivative="
+                    "'finite_difference' takes it to be: products differ by "
+                    f"{100 * asymmetry:.0f} %, so tell kd_balance.inner_step.register_update_rule "
+                    "its formula, or set step_derivative='sgd'."
+                )
         self._looked = True
 
     def _warn_of_curvature(self, call: CriterionCall, params: Mapping[str, Tensor]) -> None:
@@ -754,13 +784,14 @@ def _supersede_wrapper_of(student: nn.Module) -> None:
             other._superseded = True
 
 
-def _check_optimizer(optimizer: Optimizer, method: str) -> None:
+def _check_optimizer(optimizer: Optimizer, method: str, step_derivative: str) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer is {type(optimizer).__name__}, expected a torch.optim.Optimizer."
         )
     within = getattr(optimizer, "optimizer", None)
-    differentiable = method == "paper" or is_differentiable(optimizer)
+    needs_formula = method != "paper" and step_derivative == "exact"
+    differentiable = not needs_formula or is_differentiable(optimizer)
     if isinstance(optimizer, BilevelOptimizer) or (
         isinstance(within, Optimizer) and not differentiable
     ):
@@ -769,11 +800,25 @@ def _check_optimizer(optimizer: Optimizer, method: str) -> None:
             "innermost optimizer: wrap that one, and prepare or wrap the BilevelOptimizer "
             "afterwards."
         )
-    if not differentiable:
-        names = ", ".join(kind.__name__ for kind in DIFFERENTIABLE)
+    if method != "paper" and any(map(_needs_closure, parts(optimizer))):
         raise ValueError(
-            f"optimizer is {type(optimizer).__name__}, whose step cannot be differentiated; "
-            f"expected one of {names}: use one of these, or method='paper', which works with any."
+            f"optimizer is {type(optimizer).__name__}, whose step computes the loss several times, "
+            "expected steps along one gradient: set method='paper', which works with any."
+        )
+    if not differentiable:
+        names = ", ".join(kind.__name__ for kind in (*DIFFERENTIABLE, *known_optimizers()))
+        kinds = " and ".join(type(part).__name__ for part in parts(optimizer))
+        raise ValueError(
+            f"optimizer is {kinds}, whose step's derivative is not known; "
+            f"expected one of {names}: set step_derivative='finite_difference' or 'sgd', tell "
+            "kd_balance.inner_step.register_update_rule of it, or set method='paper', which works "
+            "with any."
+        )
+    if needs_formula and any(type(part) is torch.optim.Rprop for part in parts(optimizer)):
+        warnings.warn(
+            "Rprop's step follows the signs of the gradients, whose derivative is zero, so the "
+            "weight net learns nothing from it: set step_derivative='sgd'.",
+            stacklevel=4,
         )
 
 

@@ -36,7 +36,7 @@ FAULTS = [
         "test_invariants.py test_habits_accumulation.py",
     ),
     Fault(
-        "the sign of the step is swapped", "step_products.py",
+        "the sign of the step is swapped", "inner_step/products.py",
         "        of_param = -lr * (into_buffer", "        of_param = lr * (into_buffer",
         "test_inner_step.py test_engines.py",
     ),
@@ -58,7 +58,7 @@ FAULTS = [
         "test_replay.py",
     ),
     Fault(
-        "momentum is forgotten between steps", "step_products.py",
+        "momentum is forgotten between steps", "inner_step/products.py",
         "held = _sum([(by_param, momentum * through), (by_buffer, momentum)])",
         "held = _sum([(by_param, momentum * through), (by_buffer, 0.0)])",
         "test_inner_step.py test_engines.py",

@@ -101,6 +101,7 @@ OPTIMIZERS = {
     "nadam": lambda ps: torch.optim.NAdam(
         ps, lr=1e-2, weight_decay=1e-2, decoupled_weight_decay=True
     ),
+    "asgd": lambda ps: torch.optim.ASGD(ps, lr=0.05, lambd=0.1, weight_decay=1e-2),
     "radam": lambda ps: torch.optim.RAdam(ps, lr=1e-2, weight_decay=1e-2, maximize=True),
 }
 

@@ -262,7 +262,7 @@ def test_the_two_lines_never_wait_for_the_device(device):
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_device_without_float64(steps, optimizer, monkeypatch):
-    monkeypatch.setattr("kd_balance.inner_step._WITHOUT_FLOAT64", {standin.DEVICE})
+    monkeypatch.setattr("kd_balance.inner_step.differentiable._WITHOUT_FLOAT64", {standin.DEVICE})
     options = {"optimizer": optimizer, "dtype": torch.float32, "wrapped": True}
     options["settings"] = {"unroll": steps, "every": steps}
     expected = trained(plain(steps), **options).hypergradient

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss, inner_step
+from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.inner_step import DIFFERENTIABLE, GroupUpdate, Update
 from tests.students import EVERY_STEP, OPTIMIZERS, Run, relative_error, two_groups
 
 
-# torch rounds NAdam's momentum product to float32 even for float64 parameters
-STEP_TOLERANCE = {"nadam": 1e-6}
+# torch rounds NAdam's momentum product and ASGD's rate to float32 even for float64 parameters
+STEP_TOLERANCE = {"nadam": 1e-6, "asgd": 1e-7}
 
 
 def stepped(name, warm, zeros=False):
@@ -120,14 +120,14 @@ def test_adams_counters_on_a_device_are_read_element_by_element(monkeypatch):
         return update.vjp({"param": {n: torch.ones_like(p) for n, p in update.params.items()}})
 
     expected = product()["grad"]
-    monkeypatch.setattr(inner_step, "_known", lambda is_adam, counter: None)
+    monkeypatch.setattr("kd_balance.inner_step.update._known", lambda is_adam, counter: None)
     actual = product()["grad"]
     assert relative_error([actual[n] for n in expected], list(expected.values())) < 1e-14
 
 
 def test_all_promised_optimizers_are_tried():
     tried = {type(make([torch.zeros(1, requires_grad=True)])) for make in OPTIMIZERS.values()}
-    assert tried == set(DIFFERENTIABLE)
+    assert tried == set(DIFFERENTIABLE) - {torch.optim.Rprop}  # whose derivative is zero
 
 
 @pytest.mark.parametrize("name", ["adamw", "nadam", "radam"])

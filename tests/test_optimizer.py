@@ -65,7 +65,7 @@ def refused_when_wrapped():
             student=student, optimizer=shared, criterion=WeightedKDLoss(net)
         ),
         "holds no parameter of the student": dict(optimizer=other),
-        "optimizer is LBFGS.*SGD, Adam.*method='paper'": dict(student=student, optimizer=lbfgs),
+        "optimizer is LBFGS.*several times.*method='paper'": dict(student=student, optimizer=lbfgs),
         "optimizer is str": dict(optimizer="sgd"),
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from kd_balance.inner_step import DifferentiableTorchOptimizer, InnerStep, State
 from kd_balance.invariants import Invariants
@@ -97,27 +98,40 @@ def _take(
 ) -> None:
     """Moves `params` and `states` by the recorded update, their graphs included."""
     update = step.update
-    copies = [[p.clone().requires_grad_() for p in group.params] for group in update.groups]
-    optimizer = update.groups[0].kind(  # type: ignore[call-arg]
-        [{"params": ps, **g.options} for ps, g in zip(copies, update.groups, strict=True)]
+    gradients = _as_recorded(step, loss, params, invariants)
+    for kind in {group.kind: None for group in update.groups}:
+        groups = [group for group in update.groups if group.kind is kind]
+        names = [name for group in groups for name in group.names]
+        copies = [[p.clone().requires_grad_() for p in group.params] for group in groups]
+        optimizer = Optimizer(
+            [{"params": ps, **g.options} for ps, g in zip(copies, groups, strict=True)], {}
+        )
+        differentiable = DifferentiableTorchOptimizer(
+            optimizer, [p for ps in copies for p in ps], kind=kind
+        )
+        for slots, group in zip(differentiable.state, groups, strict=True):
+            for i, (name, state) in enumerate(zip(group.names, group.states, strict=True)):
+                slots[i] = states.get(name, state) if state else {}
+        old, own = [params[n] for n in names], [gradients[n] for n in names]
+        unused = torch.stack([param.sum() for param in old]).sum()  # higher derives something
+        moved = differentiable.step(unused, old, grad_callback=lambda _, own=own: own)
+        params.update(zip(names, moved, strict=True))
+        for slots, group in zip(differentiable.state, groups, strict=True):
+            states.update((name, slots[i]) for i, name in enumerate(group.names))
+
+
+def _as_recorded(
+    step: InnerStep, loss: Tensor, params: Mapping[str, Tensor], invariants: Invariants
+) -> dict[str, Tensor]:
+    """The recorded gradients, differentiable as the criterion's part of them."""
+    update = step.update
+    own = torch.autograd.grad(
+        loss, [params[n] for n in update.grads], create_graph=True, allow_unused=True
     )
-    names = [name for group in update.groups for name in group.names]
-    differentiable = DifferentiableTorchOptimizer(optimizer, [p for ps in copies for p in ps])
-    for slots, group in zip(differentiable.state, update.groups, strict=True):
-        for i, (name, state) in enumerate(zip(group.names, group.states, strict=True)):
-            slots[i] = states.get(name, state) if state else {}
-
-    def as_recorded(gradients: list[Tensor | None]) -> list[Tensor]:
-        """The recorded values, differentiable as the criterion's part of them."""
-        if step.alone:
-            own = {n: g.detach() for n, g in zip(names, gradients) if g is not None}
-            invariants.equal(step.gradients, own)
-        changes = {n: g - g.detach() for n, g in zip(names, gradients) if g is not None}
-        if update.clipping is not None:
-            changes = update.clipping.product(changes, update.grads)
-        return [value + changes.get(name, 0) for name, value in update.grads.items()]
-
-    moved = differentiable.step(loss, [params[n] for n in names], grad_callback=as_recorded)
-    params.update(zip(names, moved, strict=True))
-    for slots, group in zip(differentiable.state, update.groups, strict=True):
-        states.update((name, slots[i]) for i, name in enumerate(group.names))
+    found = {n: g for n, g in zip(update.grads, own, strict=True) if g is not None}
+    if step.alone:
+        invariants.equal(step.gradients, {n: g.detach() for n, g in found.items()})
+    changes = {n: g - g.detach() for n, g in found.items()}
+    if update.clipping is not None:
+        changes = update.clipping.product(changes, update.grads)
+    return {name: value + changes.get(name, 0) for name, value in update.grads.items()}

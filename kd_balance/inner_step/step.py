@@ -1,0 +1,51 @@
+"""One step of the student and what it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd_balance.inner_step.update import Update
+from kd_balance.loss import WeightedKDLoss
+from kd_balance.record import CriterionCall
+
+
+@dataclass
+class InnerStep:
+    """One step of the student: the criterion calls behind its gradient, and the update."""
+
+    calls: list[CriterionCall]
+    update: Update
+    gradients: dict[str, Tensor]
+    """What the step's backward passes added to the gradients, by name, before clipping."""
+    alone: bool
+    """Whether nothing but these calls reached them."""
+    ids: dict[str, int]
+    """The identities of the live parameters, by name."""
+    is_rare: bool = False
+    """Whether costly checks are due, such as to repeat the calls' backward passes."""
+
+    def own_gradients(
+        self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]
+    ) -> dict[str, Tensor] | None:
+        """The calls' part of the gradients; None where it is not known without a replay.
+
+        Args:
+            criterion: of the calls.
+            params: that the calls were made with.
+        """
+        if self.alone:
+            return self.gradients
+        if not self.is_rare:
+            return None
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        for call in self.calls:
+            mapped = call.part_of(leaves, self.ids)
+            with torch.enable_grad():
+                losses = call.losses(criterion, call.replay({**params, **mapped}))
+                result = criterion.combine(losses, call.weights, call.targets)
+            torch.autograd.backward(result, call.upstream, inputs=list(mapped.values()))
+        return {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
