@@ -26,9 +26,8 @@ _BROKEN = {
     REPLAY: (
         "the student's call was repeated and gave losses that differ by {error:.1g} (relative), "
         "expected the same ones: leave inputs, targets, parameters, the student's attributes and "
-        "the criterion's settings alone between the forward pass and step(), draw from no random "
-        "generator of your own, and set torch._inductor.config.fallback_random = True before "
-        "compiling dropout."
+        "the criterion's settings alone between the forward pass and step(), and draw from no "
+        "random generator of your own."
     ),
     WEIGHTS: (
         "the weight net gave weights that differ by {error:.1g} (relative) for the same features, "

@@ -25,7 +25,7 @@ from kd_balance.inner_step import (
     predicted,
     runs_unhooked,
 )
-from kd_balance.invariants import GRADIENT, Broken, Invariants, distance
+from kd_balance.invariants import GRADIENT, REPLAY, Broken, Invariants, distance
 from kd_balance.joint import JointOptimizer, parts
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
@@ -275,10 +275,11 @@ class BilevelOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._recorder.active and not self._has_gradients():
+        watched = self._recorder.active
+        if watched and not self._has_gradients() and not self._recorder.complains:
             self._student_step(closure)  # of a batch that the loop gave up: nothing moves
             return loss
-        if not self._recorder.active:
+        if not watched:
             self._student_step(closure)
         else:
             self._watched_step(closure)
@@ -306,13 +307,21 @@ class BilevelOptimizer(Optimizer):
                     self._bilevel_step(inner, closure)
                 else:
                     self._recorded_step(inner, closure)
-        except BaseException:
+        except BaseException as error:
             self._recorder.forget()
             self._invariants.forget()
             self._forget_window()
             if self._moved:
                 self._steps += 1
                 self._open_window()
+            elif getattr(error, "cause", None) == REPLAY and self._recorder.try_uncompiled():
+                self._warn_once(
+                    "The compiled student could not be repeated, most likely for its dropout, "
+                    "whose random numbers are the compiler's own: it runs uncompiled in the steps "
+                    "that hypergradients pass through."
+                )
+                self._student_step(closure)
+                return
             else:
                 self._recorder.active = True
             raise

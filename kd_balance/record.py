@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from kd_balance.loss_graph import leaves, surroundings
 from kd_balance.replay import StudentCall, Structure, leaves_of
 from kd_balance.replay.dropout import draw_as_usual, draw_plainly
 from kd_balance.replay.memory_format import ReplayFormat
+from kd_balance.replay.uncompiled import is_compiled, run_compiled, run_uncompiled
 
 
 @dataclass
@@ -175,6 +176,8 @@ class Recorder:
         self._to_logits = to_logits
         self._mark = object()  # in graphs, which must not keep this object alive
         self._active = False
+        self._uncompiled = False
+        self._student = student
         self._gradients = gradients
         self._structure = structure
         self._criterion = criterion
@@ -210,6 +213,16 @@ class Recorder:
         else:
             draw_as_usual(self)
             ignore(self)
+        if active and self._uncompiled:
+            run_uncompiled(self)
+        else:
+            run_compiled(self)
+
+    def try_uncompiled(self) -> bool:
+        """Runs a compiled student uncompiled while active; False if it did so, or is none."""
+        tries = not self._uncompiled and is_compiled(self._student)
+        self._uncompiled |= tries
+        return tries
 
     def take(self) -> Recording:
         """The calls whose results went through backward since the last time.
@@ -236,6 +249,11 @@ class Recorder:
             self.forget()
             raise recording.complaint
         return recording
+
+    @property
+    def complains(self) -> bool:
+        """Whether the coming step cannot be repeated."""
+        return self._recording.complaint is not None
 
     def forget(self) -> None:
         """Begins a new step."""
@@ -290,6 +308,8 @@ class Recorder:
         self._gradients.end()
         self._look_around(roots, walked, self._recording)
         try:
+            if walked:
+                _check_hooks(self._structure.parameters)
             for call, upstream in walked.values():
                 if call.upstream is None:
                     self._recording.calls.append(call)
@@ -501,6 +521,18 @@ class Recorder:
                 "returned, and call no part of it by itself."
             )
         return found
+
+
+def _check_hooks(params: Iterable[Tensor]) -> None:
+    """Refuses hooks that take gradients away as they come, as optimizers within backward do."""
+    for param in params:
+        if param.grad is None and getattr(param, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"a hook took away the gradient of a parameter of shape {tuple(param.shape)} "
+                "within backward(), as one does that steps an optimizer there, expected gradients "
+                "that step() uses: step after backward(), without register_post_accumulate_"
+                "grad_hook."
+            )
 
 
 def _versions(

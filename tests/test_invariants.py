@@ -201,6 +201,22 @@ def test_a_hook_that_changes_a_parameter_s_gradient_is_refused(engine):
     assert_refused(plain(2), match, make=Hooked, settings={"engine": engine})
 
 
+def test_hooks_that_step_within_backward_are_refused():
+    lab = Lab(optimizer="sgd")
+    lab.wrap()
+    for param in lab.student.parameters():
+        own = torch.optim.SGD([param], lr=0.1)
+
+        def step(p, own=own):
+            own.step()
+            p.grad = None
+
+        param.register_post_accumulate_grad_hook(step)
+    with pytest.raises(ValueError, match="hook took away.*within backward") as error:
+        plain(1)(lab)
+    assert_one_sentence(error)
+
+
 def test_a_hook_that_only_looks_is_none_of_our_business():
     class Hooked(MLP):
         def __init__(self):
