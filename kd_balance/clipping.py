@@ -120,7 +120,8 @@ class ClippingHistory:
         raise ValueError(
             f"the gradients of {len(touched)} parameters were changed between backward() and "
             "step() by something else than torch's clip_grad_norm_ (L2) or clip_grad_value_, "
-            "expected one of these or none: clip with them, or change the loss instead."
+            "expected one of these or none: clip with them, or name the change by "
+            "transform_gradients(function)."
         )
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping, ClippingHistory
+from kd_balance.gradient_transform import GradientFunction, GradientTransform
 from kd_balance.replay import Structure
 
 
@@ -25,6 +26,9 @@ class Gradients:
         self._student = student
         self._optimizer = optimizer
         self._left: dict[Tensor, Tensor] = {}
+        self._expected = self._left  # what they hold now, if the loop has done nothing unseen
+        self.transforms: list[GradientTransform] = []
+        """What the loop named, in its order."""
         self._identities: dict[Tensor, tuple[int, int]] = {}
         self._before: dict[Tensor, Tensor] = {}
         self.carried = False
@@ -43,6 +47,7 @@ class Gradients:
     def forget(self) -> None:
         """Of a step that is over, or whose gradients were cleared."""
         self._left, self._before, self._changed, self.carried = {}, {}, False, False
+        self._expected, self.transforms = self._left, []
 
     @property
     def untouched(self) -> bool:
@@ -51,7 +56,7 @@ class Gradients:
 
     def cleared(self) -> bool:
         """Whether they were cleared since the last backward pass."""
-        held = [p for p in self._held() if p in self._left]
+        held = [p for p in self._held() if p in self._expected]
         return bool(held) and all(
             p.grad is None or (not self._unwritten(p) and not p.grad.any()) for p in held
         )
@@ -59,7 +64,7 @@ class Gradients:
     def begin(self) -> None:
         """A backward pass begins."""
         if self._left:
-            self._changed |= not all(self._as_left(p) for p in self._left)
+            self._changed |= bool(self.transforms) or not self._as_expected()
         else:
             there = [p for p in self._params() if p.grad is not None]
             self._before = dict(zip(there, copies([_gradient(p) for p in there])))
@@ -69,7 +74,32 @@ class Gradients:
         """A backward pass ends."""
         params = [p for p in self._params() if p.grad is not None]
         self._left = dict(zip(params, copies([_gradient(p) for p in params])))
+        self._expected = self._left
         self._identities = {p: _identity(p) for p in params}
+
+    def transform(self, function: GradientFunction, names: Mapping[Tensor, str]) -> None:
+        """Lets a function change the gradients that the optimizer holds, and keeps its derivative.
+
+        Args:
+            function: of all of them.
+            names: of the student's parameters.
+
+        Raises:
+            ValueError: something else has changed them before.
+        """
+        if not self._as_expected():
+            raise ValueError(
+                "the gradients were changed between backward() and transform_gradients(), expected "
+                "clipping after it: do what comes before it within its function."
+            )
+        params = [p for p in self._held() if p.grad is not None]
+        transform = GradientTransform(function, params, names)
+        self._expected = dict(self._expected)
+        for param, value in zip(params, transform.values, strict=True):
+            _gradient(param).copy_(value)
+            self._expected[param] = value
+            self._identities[param] = _identity(param)
+        self.transforms.append(transform)
 
     def accumulated(self, names: Mapping[Tensor, str], loss_scale: float) -> dict[str, Tensor]:
         """The gradients that this step's backward passes added, by name, before any change.
@@ -87,7 +117,7 @@ class Gradients:
         return added
 
     def clipping(self, names: Mapping[Tensor, str], loss_scale: float) -> Clipping | None:
-        """What was done to the gradients since the last backward pass; None if nothing was.
+        """What was done to the gradients since backward and transforms; None if nothing was.
 
         Args:
             names, loss_scale: as for :meth:`accumulated`.
@@ -100,14 +130,15 @@ class Gradients:
                 "the gradients were changed between two backward passes of one step, expected them "
                 "to add up: clip or scale them once, after the last backward pass."
             )
-        params = [p for p in self._left if p.grad is not None]
-        unwritten = all(self._unwritten(p) for p in params) and len(params) == len(self._left)
+        left = self._expected
+        params = [p for p in left if p.grad is not None]
+        unwritten = all(self._unwritten(p) for p in params) and len(params) == len(left)
         on_cpu = all(p.device.type == "cpu" for p in params)
         if unwritten and loss_scale == 1 and (self._trusts_versions or not params):
             return None
         if on_cpu and unwritten and loss_scale == 1 and all(self._as_left(p) for p in params):
             return None
-        before = [self._left[p] if loss_scale == 1 else self._left[p] / loss_scale for p in params]
+        before = [left[p] if loss_scale == 1 else left[p] / loss_scale for p in params]
         held = set(self._held())
         clipping = self._history.clipping(
             before, [_gradient(p) for p in params],
@@ -135,7 +166,10 @@ class Gradients:
             return True
         if param.grad is None:
             return False
-        return _alike(_gradient(param), self._left[param])
+        return _alike(_gradient(param), self._expected[param])
+
+    def _as_expected(self) -> bool:
+        return all(map(self._as_left, self._expected))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping
+from kd_balance.gradient_transform import GradientFunction, transformed
 from kd_balance.gradients import Gradients, copies
 from kd_balance.hypergradient import ENGINES
 from kd_balance.inner_step import (
@@ -251,6 +252,44 @@ class BilevelOptimizer(Optimizer):
         self._recorder.gradients_cleared()
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
+    def transform_gradients(self, function: GradientFunction) -> None:
+        """Changes the gradients by a function that hypergradients pass through.
+
+        For what a loop does to gradients beside clipping, which is recognised by itself: to
+        centralise, mask, project, normalise or perturb them. Call it after the last backward pass
+        of a step and before clipping, in every step.
+
+        Args:
+            function: of the gradients of all parameters that the optimizer holds and that have
+                one, in the order of ``param_groups``; returns as many. Torch operations alone, so
+                that autograd can differentiate it; it may draw random numbers.
+
+        Raises:
+            ValueError: the function returned other shapes, gradients were changed before it, or
+                the method is not "online".
+
+        Example::
+
+            loss.backward()
+            optimizer.transform_gradients(
+                lambda gradients: [g - g.mean(0) if g.dim() > 1 else g for g in gradients]
+            )
+            optimizer.step()
+        """
+        if self.method != "online":
+            raise ValueError(
+                f"transform_gradients was called and method is {self.method!r}, expected 'online': "
+                "the gradients recomputed under the new weights would not be transformed."
+            )
+        if self._recorder.active:
+            self._gradients.transform(function, self._names)
+            return
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        with torch.no_grad():
+            after = transformed(function, [p.grad.detach().clone() for p in params])
+            for param, gradient in zip(params, after, strict=True):
+                param.grad.copy_(gradient)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes the student's step and, when its turn has come, the weight net's.
 
@@ -334,6 +373,7 @@ class BilevelOptimizer(Optimizer):
             self.optimizer,
             self._names,
             clipping=self._clipping(scale),
+            transforms=self._gradients.transforms,
             plain_sgd=self.step_derivative == "sgd"
             or (self.method == "paper" and self._window_position == self.every - 1),
             finite_difference=self.step_derivative == "finite_difference",

@@ -132,6 +132,8 @@ def _as_recorded(
     if step.alone:
         invariants.equal(step.gradients, {n: g.detach() for n, g in found.items()})
     changes = {n: g - g.detach() for n, g in found.items()}
+    for transform in update.transforms:
+        changes = transform.push(changes)
     if update.clipping is not None:
         changes = update.clipping.product(changes, update.grads)
     return {name: value + changes.get(name, 0) for name, value in update.grads.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping
+from kd_balance.gradient_transform import GradientTransform
 from kd_balance.gradients import copies
 from kd_balance.inner_step.differentiable import (
     COUNTERS,
@@ -81,6 +82,8 @@ class Update:
 
     groups: list[GroupUpdate]
     clipping: Clipping | None = None
+    transforms: Sequence[GradientTransform] = ()
+    """What the loop did to the gradients before clipping."""
     own_steps: list[StepCopy] = field(default_factory=list)
     """Where products are finite differences of the optimizers' own steps."""
 
@@ -91,6 +94,7 @@ class Update:
         names: Mapping[Tensor, str],
         *,
         clipping: Clipping | None = None,
+        transforms: Sequence[GradientTransform] = (),
         plain_sgd: bool = False,
         finite_difference: bool = False,
     ) -> Update:
@@ -99,7 +103,7 @@ class Update:
         Args:
             optimizer: its parameters hold their gradients; those without one do not move.
             names: the name in the student of every parameter of interest.
-            clipping: what the loop did to the gradients after backward.
+            clipping, transforms: what the loop did to the gradients after backward.
             plain_sgd: take a step of SGD at each group's learning rate instead, without momentum
                 and weight decay, as the look-ahead of the BiKD authors' program.
             finite_difference: differentiate the optimizer's own step, whose formula is not known.
@@ -120,7 +124,7 @@ class Update:
                 data = [p.detach() for p in params]
                 groups.append(GroupUpdate(kind, options, own_names, data, grads, states))
         copied_steps = parts(optimizer) if finite_difference else []
-        return cls(groups, clipping, [StepCopy(part, names) for part in copied_steps])
+        return cls(groups, clipping, transforms, [StepCopy(part, names) for part in copied_steps])
 
     def freeze(self, *, grads: bool, states: bool) -> None:
         """Copies what the real step, or a scheduler after it, is about to overwrite.
@@ -169,7 +173,7 @@ class Update:
             through: also return the cotangents of the old parameters and of the old state.
 
         Returns:
-            Cotangents of the gradients before clipping ("grad"), and of the rest where `through`.
+            Cotangents of the gradients that backward left ("grad"), and of the rest if `through`.
         """
         result: Slots = defaultdict(dict)
         if through:
@@ -186,6 +190,8 @@ class Update:
                     result[slot].update(by_name)
         if self.clipping is not None:
             result["grad"] = self.clipping.product(result["grad"], self.grads)
+        for transform in reversed(self.transforms):
+            result["grad"] = transform.pull(result["grad"])
         return dict(result)
 
 
