@@ -9,6 +9,7 @@ USUAL = {
     "features": (
         ("teacher_ce",), ("student_ce", "teacher_ce"), ("kl", "student_margin", "teacher_entropy"),
     ),
+    "logits": ("returned", "returned", "returned", "halved", "log probabilities", "capped, named"),
     "mean": (None, None, 0.5),
     "reduction": ("mean", "mean", "sum"),
     "labels": ("indices", "indices", "ignored", "probabilities"),

@@ -185,6 +185,7 @@ class Run:
             accumulate=program.accumulate, meta_loss=losses.get(program.meta_loss,
                                                                 program.meta_loss),
             teacher=self.teacher, meta_optimizer=torch.optim.SGD(self.phi, 0.0),
+            to_logits=self._logits if program.logits == "capped, named" else None,
         )
 
     def _make_scheduler(self):
@@ -246,7 +247,7 @@ class Run:
     def _meta_loss_of(self, student):
         for module, flag in zip(student.modules(), self.training):
             module.training = flag
-        logits = logits_of(student(self.meta[0]))
+        logits = self._logits(student(self.meta[0]))
         labels = self.meta[1]
         if self.program.meta_loss == "callable":
             return F.cross_entropy(logits, labels, label_smoothing=0.1)
@@ -469,6 +470,16 @@ class Run:
         number = float(value)
         return number if self.constants is None else self.constants.keep(number)
 
+    def _logits(self, output):
+        """What the loop makes of the student's output."""
+        logits = logits_of(output)
+        kind = self.program.logits
+        if kind == "halved":
+            return logits / 2
+        if kind == "log probabilities":
+            return (2 * logits).log_softmax(1)
+        return 2 * torch.tanh(logits) if kind == "capped, named" else logits
+
     def _cross_entropy(self, batch):
         inputs = batch[0]
         return F.cross_entropy(logits_of(self.student(inputs)), batch[1].argmax(1))
@@ -479,7 +490,7 @@ class Run:
         does = lambda what: program.does("loss", what)  # noqa: E731
         self.training = [m.training for m in student.modules()]
         output = student(inputs)
-        logits = logits_of(output)
+        logits = self._logits(output)
         loss = of(criterion(logits, teacher_logits, labels))
         if does("factor"):
             loss = 0.7 * loss
@@ -588,13 +599,13 @@ class Run:
                     student.eval()
                 if what == "validation":
                     student.eval()
-                    logits = logits_of(student(batch[0]))
+                    logits = self._logits(student(batch[0]))
                     criterion(logits, batch[1], batch[2])
                     student.train()
                 if what == "second forward":
                     student(batch[0])
             if what == "criterion again":
-                criterion(logits_of(student(batch[0])), batch[1], batch[2])
+                criterion(self._logits(student(batch[0])), batch[1], batch[2])
 
 
 def wrapped_and_told(program):
