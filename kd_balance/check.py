@@ -154,6 +154,12 @@ class _Window:
                 f"(relative) only, expected {tolerance:.1g}: check a float64 copy of the loop, "
                 "without autocast."
             ))
+        if not any(h.any() for h in self._hypergradient) and error == 0:
+            return Report(error, tolerance, (
+                f"The hypergradient through {steps} is zero, and so is the meta loss's slope: the "
+                "weights have no effect here, as with a learning rate of 0, so check another "
+                "window."
+            ))
         if error <= tolerance:
             return Report(error, tolerance, (
                 f"The hypergradient through {steps} predicts the meta loss with a relative error "
@@ -172,7 +178,9 @@ class _Window:
         taken: list[Any] = []
         optimizer._tried = False  # so that every check is made
         optimizer.accumulate, optimizer._accumulated, optimizer._partial_average = 1, 0, []
-        optimizer.meta_optimizer = torch.optim.SGD(self._phi, lr=0.0)
+        meta_optimizer = torch.optim.SGD(self._phi, lr=0.0)
+        meta_optimizer.register_step_pre_hook(self._keep_hypergradient)
+        optimizer.meta_optimizer = meta_optimizer
         skipped = optimizer.metrics["skipped_updates"]
         self._to_start()
         updates = optimizer._meta_updates
@@ -205,12 +213,14 @@ class _Window:
                 "look at optimizer.metrics after some steps of the loop."
             )
         self._precision = optimizer._invariants.precision
-        self._hypergradient = [_grad(p) for p in self._phi]
         self._left = self._student_parameters()
         self._snapshot.restore()
         start = self._student_parameters()
         self._way = _distance(self._left, start)
         return taken
+
+    def _keep_hypergradient(self, *_: Any) -> None:
+        self._hypergradient = [_grad(p) for p in self._phi]
 
     def _drawn_apart(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, whose random numbers are not the loop's: they are drawn once."""

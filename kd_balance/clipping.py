@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+_EPSILON = 1e-6  # clip_grad_norm_ divides by the norm and this
 
 
 @dataclass
@@ -56,7 +57,8 @@ class Clipping:
                 product[name] = vectors[name] * (clipped[name].abs() < self.limit)
         elif self.factor is not None and own:
             along = torch.stack([(vectors[n] * clipped[n]).sum() for n in own]).sum()
-            along = along / self.total_norm**2
+            norm = self.total_norm / self.factor
+            along = along / self.total_norm**2 * (norm / (norm + _EPSILON))
             for name in own:
                 product[name] = self.factor * (vectors[name] - along * clipped[name])
         return product

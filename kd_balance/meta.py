@@ -94,7 +94,7 @@ class MetaSet:
         self._seen_ahead.clear()
         if state["loader"] is not None and hasattr(self._loader, "load_state_dict"):
             self._loader.load_state_dict(state["loader"])
-            self._iterator = None
+        self._iterator = None
         self._random_state = RandomState.from_state_dict(state["random_state"])
 
 

@@ -74,7 +74,7 @@ class BilevelOptimizer(Optimizer):
         every: student steps for each hypergradient; default 64, or `unroll` if that is more. The
             default of both is 1 for method "paper".
         accumulate: hypergradients averaged before φ moves. The average then stays in the ``.grad``
-            of the weight net's parameters until the next one is begun.
+            of the weight net's parameters until the criterion is called again.
         step_derivative: how `optimizer`'s step is differentiated. "exact" knows SGD, Adam, AdamW,
             RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop, Adafactor, Muon and what
             :func:`~kd_balance.inner_step.register_update_rule` was told. For any other, with
@@ -665,7 +665,7 @@ class BilevelOptimizer(Optimizer):
     ) -> None:
         before = steps[-1].update.params
         try:
-            if self._engine_name == "unroll" and len(steps) > 1:  # forward mode sees more
+            if self._engine_name == "unroll" and not (len(steps) == 1 and steps[0].alone):
                 ENGINES["adjoint"]()(self.criterion, steps, meta_loss, before, self._invariants)
             self._engine(self.criterion, steps, meta_loss, before, self._invariants)
         except RuntimeError as error:

@@ -386,6 +386,9 @@ class Recorder:
     def _after_criterion(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
     ) -> None:
+        if self._criterion.training:
+            for param in self._criterion.phi:  # has been used, and is no part of what a loop clips
+                param.grad = None
         if not (self.active and loss.requires_grad):
             return
         kept = self._keep(self._criterion_call(loss.detach(), *args, **kwargs))

@@ -167,6 +167,25 @@ def negated(loop):
             param.grad.neg_()
 
 
+def test_a_window_in_which_nothing_moves_is_told():
+    loop = Loop()
+    for group in loop.optimizer.param_groups:
+        group["lr"] = 0.0
+    report = check_hypergradient(loop.optimizer, loop.step, loop.batches)
+    assert report.error == 0 and "learning rate of 0" in str(report)
+
+
+def test_a_loop_that_calls_the_criterion_after_the_step_passes():
+    loop = Loop()
+
+    def step(batch):
+        loop.step(batch)
+        logits = torch.zeros(2, 5).double()
+        loop.criterion(logits, logits, torch.zeros(2).long())
+
+    assert check_hypergradient(loop.optimizer, step, loop.batches).error < 1e-8
+
+
 def test_a_refused_loop_is_refused_or_reported():
     loop = Loop(between=negated)
     before = loop.state()

@@ -202,6 +202,31 @@ def test_a_meta_loader_without_a_position_begins_its_epoch_anew(tmp_path):
     same(training().load(tmp_path / "checkpoint.pt").run(3, 6), expected)
 
 
+def test_meta_batches_looked_at_ahead_are_not_lost_on_loading():
+    torch.manual_seed(0)
+    batches = [(torch.randn(600, 5), torch.arange(600) % 3) for _ in range(2)]  # one finds the bias
+
+    def wrapped():
+        torch.manual_seed(1)
+        student, teacher = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+        criterion = WeightedKDLoss.long_tailed([100, 10, 1])
+        optimizer = BilevelOptimizer(
+            torch.optim.SGD(student.parameters(), 0.1), student, criterion, batches,
+            teacher=teacher, **EVERY_STEP
+        )
+        return student, criterion, optimizer
+
+    def run(student, criterion, optimizer):
+        inputs, labels = batches[0]
+        criterion(student(inputs), torch.zeros(600, 3), labels).backward()
+        optimizer.step()
+        return optimizer.metrics["meta_loss"]
+
+    first, second = wrapped(), wrapped()
+    second[2].load_state_dict(first[2].state_dict())
+    assert run(*first) == run(*second)
+
+
 def test_a_checkpoint_of_another_weight_net_is_refused(tmp_path):
     training = Training().run(0, 2)
     training.save(tmp_path / "checkpoint.pt")

@@ -48,6 +48,32 @@ def test_batch_norm(shape, affine, training, with_parameters, few, monkeypatch):
     assert relative_error(actual, expected) < 1e-12
 
 
+class Labelled(torch.Tensor):
+    """Images of a library that keeps metadata, and expects no None among results."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, tuple):
+            assert all(r is not None for r in result)
+        return result
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Conv2d(3, 2, 3), nn.Linear(4, 2), nn.BatchNorm2d(3),
+], ids=lambda layer: type(layer).__name__)
+def test_inputs_of_a_tensor_subclass(layer):
+    layer, inputs = layer.double(), torch.randn(6, 3, 4, 4).double()
+
+    def of(inputs):
+        with fwAD.dual_level(), torch.no_grad(), FusedRules(tangents=True):
+            params = {n: fwAD.make_dual(p, p + 1) for n, p in layer.named_parameters()}
+            output = torch.func.functional_call(layer, params, (inputs,)).as_subclass(torch.Tensor)
+            return [x.clone() for x in fwAD.unpack_dual(output)]
+
+    assert relative_error(of(inputs.as_subclass(Labelled)), of(inputs)) == 0
+
+
 def test_batch_norm_of_half_precision_inputs_keeps_their_dtype():
     torch.manual_seed(0)
     layer, inputs = nn.BatchNorm2d(3), torch.randn(8, 3, 4, 4)

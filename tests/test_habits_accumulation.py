@@ -118,6 +118,20 @@ def test_clipping_leaves_the_student_of_the_plain_loop(name):
     assert_leaves_what_the_plain_loop_leaves(clipped(name, 2))
 
 
+def test_clipping_over_student_and_criterion_leaves_the_student_of_the_plain_loop():
+    """What the meta optimizer has used is no part of the norm of the loop's own gradients."""
+
+    def loop(lab):
+        for inputs, teacher_logits, labels in lab.batches(3):
+            lab.optimizer.zero_grad()
+            lab.criterion(lab.called(inputs), teacher_logits, labels).backward()
+            both = nn.ModuleList([lab.student, lab.criterion])
+            nn.utils.clip_grad_norm_(both.parameters(), 0.01)
+            lab.optimizer.step()
+
+    assert_leaves_what_the_plain_loop_leaves(loop)
+
+
 def test_clipping_by_data_that_begins_late():
     """The first step, which is tried out, sees nothing of it."""
 

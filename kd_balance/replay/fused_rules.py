@@ -118,7 +118,8 @@ def _unpacked(tensor: Tensor | None) -> tuple[Any, Tensor | None]:
     """Primal and tangent; forward_ad's own function takes several times as long."""
     if tensor is None or fwAD._current_level < 0:
         return tensor, None
-    return torch._VF._unpack_dual(tensor, level=fwAD._current_level)
+    with torch._C.DisableTorchFunctionSubclass():  # a subclass expects no missing tangent
+        return torch._VF._unpack_dual(tensor, level=fwAD._current_level)
 
 
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
