@@ -57,8 +57,7 @@ class Clipping:
                 product[name] = vectors[name] * (clipped[name].abs() < self.limit)
         elif self.factor is not None and own:
             along = torch.stack([(vectors[n] * clipped[n]).sum() for n in own]).sum()
-            norm = self.total_norm / self.factor
-            along = along / self.total_norm**2 * (norm / (norm + _EPSILON))
+            along = along / (self.total_norm**2 + self.total_norm * self.factor * _EPSILON)
             for name in own:
                 product[name] = self.factor * (vectors[name] - along * clipped[name])
         return product

@@ -23,12 +23,13 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.check import check_hypergradient
 
-CLASSES, FEATURES, EPOCHS = 6, 12, 5
+from clouds import BALANCED, LONG_TAIL, Mlp, clouds
+
+EPOCHS = 5
 
 
 class Distillation(Callback):
@@ -60,39 +61,37 @@ def wrapped(make: Callable, *parts, **options) -> Callable:  # kd-balance
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--defaults", action="store_true", help="windows of the default sizes")
-    args = parser.parse_args()
-    if args.check:
+    check = parser.parse_args().check
+    if check:
         torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    train, valid = clouds([256, 120, 60, 30, 16, 8], seed=0), clouds([20] * CLASSES, seed=2)
+    train, valid = clouds(LONG_TAIL, seed=0), clouds(BALANCED, seed=2)
     data = DataLoaders.from_dsets(train, valid, bs=32, device=torch.device("cpu"), num_workers=0)
     loss = CrossEntropyLossFlat()
-    teacher = mlp(64)
+    teacher = Mlp(64)
     with Learner(data, teacher, loss_func=loss).no_bar() as learner:
         learner.fit_one_cycle(3, 1e-2)
     teacher.eval().requires_grad_(False)
 
-    student = mlp(12)
+    student = Mlp(12)
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
     criterion = WeightedKDLoss.long_tailed(class_counts(train))  # kd-balance
-    meta = meta_loader(clouds([20] * CLASSES, seed=1))  # kd-balance
-    window = {} if args.defaults else {"unroll": 4, "every": 5}  # kd-balance
-    sgd = wrapped(sgd, student, criterion, meta, teacher=teacher, **window)  # kd-balance
+    meta = meta_loader(clouds(BALANCED, seed=1))  # kd-balance
+    sgd = wrapped(sgd, student, criterion, meta, teacher=teacher, unroll=4, every=5)  # kd-balance
     learner = Learner(
         data, student, loss_func=loss, opt_func=sgd, metrics=BalancedAccuracy(),
         cbs=[Distillation(teacher, criterion), GradientClip(2.0)],
     )
     with learner.no_bar():
-        learner.fit_one_cycle(1 if args.check else EPOCHS, 0.1)
+        learner.fit_one_cycle(1 if check else EPOCHS, 0.1)
         optimizer = learner.opt.opt  # kd-balance
-        if args.check:
-            check(learner, optimizer, list(data.train))
+        if check:
+            check_step(learner, optimizer, list(data.train))
             return
     print(f"meta updates: {optimizer.metrics['meta_updates']:.0f}")
 
 
-def check(learner: Learner, optimizer: BilevelOptimizer, batches: list[tuple]) -> None:
+def check_step(learner: Learner, optimizer: BilevelOptimizer, batches: list[tuple]) -> None:
     """Calls the Learner's own one_batch, in training again and at a rate that moves the student."""
     learner.opt.set_hypers(lr=0.1)
     learner.model.train()
@@ -102,21 +101,6 @@ def check(learner: Learner, optimizer: BilevelOptimizer, batches: list[tuple]) -
         learner.one_batch(0, batch)
 
     print(check_hypergradient(optimizer, step, batches, raise_exception=False))
-
-
-def mlp(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, CLASSES)
-    )
-
-
-def clouds(sizes: list[int], seed: int) -> TensorDataset:
-    """So many points of each class around a center of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    centers = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(9))
-    labels = torch.arange(CLASSES).repeat_interleave(torch.tensor(sizes))
-    noise = torch.randn(len(labels), FEATURES, generator=generator)
-    return TensorDataset(centers[labels] + 1.5 * noise, labels)
 
 
 if __name__ == "__main__":

@@ -24,40 +24,41 @@ from ignite.handlers import (
     create_lr_scheduler_with_warmup,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.check import check_hypergradient
 
-CLASSES, FEATURES, EPOCHS = 6, 12, 5
+from clouds import BALANCED, LONG_TAIL, Mlp, clouds
+
+EPOCHS = 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--defaults", action="store_true", help="windows of the default sizes")
-    args = parser.parse_args()
-    if args.check:
+    check = parser.parse_args().check
+    if check:
         torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    train = clouds([256, 120, 60, 30, 16, 8], seed=0)
+    train = clouds(LONG_TAIL, seed=0)
     loader = DataLoader(train, batch_size=32, shuffle=True, drop_last=True)
     teacher = trained_teacher(loader)
-    student = mlp(12)
+    student = Mlp(12)
 
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    window = {} if args.defaults else {"unroll": 4, "every": 5}  # kd-balance
     criterion = WeightedKDLoss.long_tailed(class_counts(train))  # kd-balance
-    meta = meta_loader(clouds([20] * CLASSES, seed=1))  # kd-balance
-    parts = student, criterion, meta  # kd-balance
-    optimizer = BilevelOptimizer(optimizer, *parts, teacher=teacher, **window)  # kd-balance
+    meta = meta_loader(clouds(BALANCED, seed=1))  # kd-balance
+    optimizer = BilevelOptimizer(  # kd-balance
+        optimizer, student, criterion, meta, teacher=teacher, unroll=4, every=5  # kd-balance
+    )  # kd-balance
 
     update = distillation_update(student, teacher, optimizer, criterion)
     trainer = Engine(update)
     cosine = CosineAnnealingScheduler(optimizer, "lr", 0.1, 0.001, EPOCHS * len(loader))
     scheduler = create_lr_scheduler_with_warmup(cosine, 0.01, warmup_duration=5)
     trainer.add_event_handler(Events.ITERATION_STARTED, scheduler)
-    if args.check:
+    if check:
         trainer.run(loader, max_epochs=1)
         batches = list(loader)
         print(check_hypergradient(
@@ -102,25 +103,10 @@ def distillation_update(
 
 def trained_teacher(loader: DataLoader) -> nn.Module:
     """By Ignite's own supervised trainer."""
-    teacher = mlp(64)
+    teacher = Mlp(64)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
     create_supervised_trainer(teacher, optimizer, F.cross_entropy).run(loader, max_epochs=5)
     return teacher.eval().requires_grad_(False)
-
-
-def mlp(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, CLASSES)
-    )
-
-
-def clouds(sizes: list[int], seed: int) -> TensorDataset:
-    """So many points of each class around a center of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    centers = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(9))
-    labels = torch.arange(CLASSES).repeat_interleave(torch.tensor(sizes))
-    noise = torch.randn(len(labels), FEATURES, generator=generator)
-    return TensorDataset(centers[labels] + 1.5 * noise, labels)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
     python examples/codebases/monai_segmentation.py
     python examples/codebases/monai_segmentation.py --check    # is the hypergradient right?
 
-Trainer, handlers, networks, transforms and loaders are MONAI's. The student is given plain tensors,
-since kd-balance cannot repeat calls on MetaTensors. Made-up discs of rare and frequent
+Trainer, handlers, networks, transforms and loaders are MONAI's. Made-up discs of rare and frequent
 classes stand for the organs; the pixels at their rims are ignored.
 """
 
@@ -39,17 +38,15 @@ class WithTeacher(PrepareBatch):
 
     def __call__(self, batchdata, device=None, non_blocking=False, **kwargs) -> tuple:
         images, labels = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
-        images, labels = images.as_tensor(), labels.as_tensor()[:, 0].long()  # kd-balance
         with torch.no_grad():
-            return images, (self.teacher(images), labels)
+            return images, (self.teacher(images), labels[:, 0].long())  # kd-balance
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--defaults", action="store_true", help="windows of the default sizes")
-    args = parser.parse_args()
-    if args.check:
+    check = parser.parse_args().check
+    if check:
         torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     train, meta = scenes(64, [0.7, 0.2, 0.07, 0.03], seed=0), scenes(16, [0.25] * 4, seed=1)
@@ -63,23 +60,22 @@ def main() -> None:
     labels = torch.stack([scene["label"] for scene in train])  # kd-balance
     counts = class_counts(labels[labels != IGNORED].long(), CLASSES)  # kd-balance
     criterion = WeightedKDLoss.long_tailed(counts, ignore_index=IGNORED)  # kd-balance
-    window = {} if args.defaults else {"unroll": 4, "every": 8}  # kd-balance
     parts = student, criterion, [batch_of(meta[:8]), batch_of(meta[8:])]  # kd-balance
-    optimizer = BilevelOptimizer(optimizer, *parts, teacher=teacher, **window)  # kd-balance
+    optimizer = BilevelOptimizer(optimizer, *parts, teacher=teacher, every=8)  # kd-balance
 
     steps = EPOCHS * len(loader)
     schedule = WarmupCosineSchedule(optimizer, warmup_steps=5, t_total=steps)
     with tempfile.TemporaryDirectory() as folder:
         objects = {"student": student, "optimizer": optimizer}
         trainer = SupervisedTrainer(
-            device="cpu", max_epochs=1 if args.check else EPOCHS, train_data_loader=loader,
+            device="cpu", max_epochs=1 if check else EPOCHS, train_data_loader=loader,
             network=student, optimizer=optimizer, prepare_batch=WithTeacher(teacher),
             loss_function=lambda logits, targets: criterion(logits, *targets),  # kd-balance
             train_handlers=[LrScheduleHandler(schedule, epoch_level=False),
                             CheckpointSaver(folder, objects, save_final=True)],
         )
         trainer.run()
-    if args.check:
+    if check:
         batches, step = list(loader), partial(trainer._iteration, trainer)
         print(check_hypergradient(optimizer, step, batches, raise_exception=False))
         return

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 
-import numpy as np
 import torch
 from skorch import NeuralNetClassifier
 from skorch.callbacks import EpochScoring, GradientNormClipping, LRScheduler
@@ -21,16 +20,17 @@ from torch import Tensor, nn
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.check import check_hypergradient
 
-CLASSES, FEATURES, EPOCHS = 6, 12, 6
+from clouds import BALANCED, LONG_TAIL, Mlp, clouds
+
+EPOCHS = 6
 
 
 class DistilledClassifier(NeuralNetClassifier):
     """Takes a trained teacher and class-balanced samples beside skorch's own settings."""
 
-    def __init__(self, *args, teacher=None, meta=None, window=None, **kwargs) -> None:
+    def __init__(self, *args, teacher=None, meta=None, **kwargs) -> None:
         self.teacher = teacher  # skorch takes modules as settings only before its own __init__
         self.meta = meta  # kd-balance
-        self.window = window  # kd-balance
         super().__init__(*args, **kwargs)
 
     def initialize_criterion(self) -> DistilledClassifier:  # kd-balance
@@ -43,12 +43,10 @@ class DistilledClassifier(NeuralNetClassifier):
         args, kwargs = self.get_params_for_optimizer("optimizer", names)  # kd-balance
         plain = self.optimizer(*args, **kwargs)  # kd-balance
         parts = self.module_, self.criterion_, meta_loader(self.meta)  # kd-balance
-        options = {"teacher": self.teacher, **(self.window or {})}  # kd-balance
-        self.optimizer_ = BilevelOptimizer(plain, *parts, **options)  # kd-balance
+        self.optimizer_ = BilevelOptimizer(  # kd-balance
+            plain, *parts, teacher=self.teacher, every=8  # kd-balance
+        )  # kd-balance
         return self  # kd-balance
-
-    def get_all_learnable_params(self):  # kd-balance
-        return self.module_.named_parameters()  # kd-balance
 
     def get_loss(self, y_pred: Tensor, y_true: Tensor, X: Tensor, training: bool = False) -> Tensor:
         with torch.no_grad():
@@ -66,12 +64,11 @@ class DistilledClassifier(NeuralNetClassifier):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--defaults", action="store_true", help="windows of the default sizes")
-    args = parser.parse_args()
-    if args.check:
+    check = parser.parse_args().check
+    if check:
         torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    points, labels = clouds([256, 120, 60, 30, 16, 8], seed=0)
+    points, labels = (t.numpy() for t in clouds(LONG_TAIL, seed=0).tensors)
     teacher = NeuralNetClassifier(
         Mlp, module__width=64, criterion=nn.CrossEntropyLoss, optimizer=torch.optim.Adam, lr=3e-3,
         max_epochs=5, verbose=0, train_split=None,
@@ -88,10 +85,9 @@ def main() -> None:
         batch_size=32, iterator_train__shuffle=True, max_epochs=EPOCHS,
         callbacks=[cosine, GradientNormClipping(2.0), score],
         teacher=teacher,
-        meta=tensors(clouds([20] * CLASSES, seed=1)),  # kd-balance
-        window=None if args.defaults else {"unroll": 4, "every": 8},  # kd-balance
+        meta=clouds(BALANCED, seed=1),  # kd-balance
     )
-    if args.check:
+    if check:
         net.set_params(max_epochs=1).fit(points, labels)
         batches = list(net.get_iterator(net.get_dataset(points, labels), training=True))
         print(check_hypergradient(net.optimizer_, net.train_step, batches, raise_exception=False))
@@ -99,25 +95,6 @@ def main() -> None:
     net.fit(points, labels)
     print("hard weights of the last epoch's first batch:", net.history[-1, "batches", 0, "hard"])
     print(f"meta updates: {net.optimizer_.metrics['meta_updates']:.0f}")
-
-
-class Mlp(nn.Sequential):
-    def __init__(self, width: int) -> None:
-        norm = nn.BatchNorm1d(width)
-        super().__init__(nn.Linear(FEATURES, width), norm, nn.ReLU(), nn.Linear(width, CLASSES))
-
-
-def clouds(sizes: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """So many points of each class around a center of its own."""
-    centers = np.random.default_rng(9).normal(size=(CLASSES, FEATURES))
-    labels = np.repeat(np.arange(CLASSES), sizes)
-    noise = np.random.default_rng(seed).normal(size=(len(labels), FEATURES))
-    dtype = np.float64 if torch.get_default_dtype() == torch.float64 else np.float32
-    return (centers[labels] + 1.5 * noise).astype(dtype), labels
-
-
-def tensors(samples: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
-    return torch.as_tensor(samples[0]), torch.as_tensor(samples[1])
 
 
 if __name__ == "__main__":
