@@ -587,6 +587,20 @@ class Evaluating(ConvNet):
         self.eval()
 
 
+class FrozenStem(ConvNet):
+    """Batch norm trains behind a layer that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1.requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("error:Forward mode")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_batch_norm_behind_a_frozen_layer_keeps_forward_mode(steps):
+    assert_differentiates(plain(steps), steps=steps, make=FrozenStem, shape=(2, 6, 6))
+
+
 @pytest.mark.parametrize("make", [FrozenNorm, Evaluating])
 def test_eval_mode_and_frozen_batch_norm(make):
     assert_differentiates(plain(2), steps=2, make=make, shape=(2, 6, 6))

@@ -105,7 +105,10 @@ def _batch_norm(
     if dx is None and dscale is None and dshift is None:
         if _adds_up_one_by_one(input):
             return _BatchNorm.apply(input, weight, bias, eps)
-    elif rules.tangents and dx is not None:
+    elif rules.tangents:
+        if dx is None:  # the layers before it rest
+            dx = torch.zeros_like(x)
+            input = make_dual(input, dx)
         if torch.is_grad_enabled():
             return _BatchNorm.apply(input, weight, bias, eps)
         y, mean, inverse_std = _normalised(x, scale, shift, eps)
