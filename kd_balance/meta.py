@@ -238,10 +238,15 @@ class MetaObjective:
                 try:
                     logits = self._teacher_logits(inputs)
                 except (RuntimeError, TypeError, AttributeError) as error:
+                    way = (
+                        "teacher(inputs), or teacher(**inputs) for a mapping: pass "
+                        "teacher=lambda inputs: …"
+                        if self._forward is None
+                        else "teacher(batch) beside meta_forward: pass teacher=lambda batch: …"
+                    )
                     raise ValueError(
                         "the teacher could not be run on a meta batch, expected to be called as "
-                        "teacher(inputs), or teacher(**inputs) for a mapping: pass "
-                        f"teacher=lambda inputs: … ({str(error).splitlines()[0]})."
+                        f"{way} ({str(error).splitlines()[0]})."
                     ) from error
         return logits, targets.to(logits.device)
 

@@ -196,6 +196,13 @@ def test_it_is_found_on_the_meta_set_and_subtracted(shape):
     torch.testing.assert_close(criterion.last_features[:, 1], teacher_ce)
 
 
+def test_a_teacher_that_cannot_take_the_whole_batch_is_told():
+    made_of, _, settings = SHAPES["a shape of their own"]
+    teacher = Teacher()
+    with pytest.raises(ValueError, match=r"teacher=lambda batch: …"):
+        Setting(made_of(in_batches(*labelled(100, teacher))), teacher, **settings)
+
+
 def test_without_a_teacher_nothing_is_subtracted():
     meta = in_batches(*labelled(100, Teacher()))
     assert not Setting(meta, None).criterion.teacher_bias.any()
