@@ -73,7 +73,7 @@ class BalancedSoftmax(nn.Module):
             )
         logits = student_logits
         if self.strength:  # times −∞ it would not be a number
-            logits = logits + self.strength * self.log_prior.to(logits)
+            logits = torch.add(logits, self.log_prior.to(logits), alpha=self.strength)
         return cross_entropy(logits, targets)
 
 

@@ -28,6 +28,7 @@ class _Flat(NamedTuple):
     student: Tensor  # [N, C]
     teacher: Tensor  # [N, C], detached
     targets: Tensor  # [N] class indices, 0 where ignored, or [N, C] probabilities
+    kept: Tensor | None  # [N], which positions count; None where all do
 
 
 class WeightedKDLoss(nn.Module):
@@ -186,10 +187,9 @@ class WeightedKDLoss(nn.Module):
         logits, labels, found = [], [], 0
         for teacher_logits, targets in islice(batches, _ENOUGH):
             flat = self._flatten(teacher_logits, teacher_logits, targets)
-            kept = self.kept(targets)
-            label = flat.targets if kept is not None else flat.targets.argmax(1)
-            logits.append(flat.teacher if kept is None else flat.teacher[kept])
-            labels.append(label if kept is None else label[kept])
+            label = flat.targets if flat.kept is not None else flat.targets.argmax(1)
+            logits.append(flat.teacher if flat.kept is None else flat.teacher[flat.kept])
+            labels.append(label if flat.kept is None else label[flat.kept])
             found += len(labels[-1])
             if found >= _ENOUGH:
                 break
@@ -222,14 +222,14 @@ class WeightedKDLoss(nn.Module):
             losses = self._losses(flat)
             self._last_losses = losses.detach()
             if self.weight_net is not None:
-                self._features = compute_features(_feature_names(self.weight_net), *flat)
-            kept = self.kept(targets)
+                self._features = compute_features(_feature_names(self.weight_net), *flat[:3])
+            kept = self._kept = flat.kept
             with torch.no_grad():
                 weights = self.weigh(self._features, losses, kept)
-                weights = weights.clone()  # not a view of parameters
-            self._kept = kept
-            self._weights = weights if kept is None else weights * kept.unsqueeze(1)
-            result = self.combine(losses, weights, targets)
+                # not a view of parameters
+                weights = weights.clone() if kept is None else weights * kept.unsqueeze(1)
+            self._weights = weights
+            result = self.combine(losses, weights, kept, targets)
             node: Any = result.grad_fn
             if node is not None:
                 node.metadata[WeightedKDLoss] = self  # a mark that the loss's graph shows
@@ -306,18 +306,40 @@ class WeightedKDLoss(nn.Module):
             )
         return weights.to(like.dtype)
 
-    def combine(self, losses: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
-        """The reduced loss; bilinear in `losses` and `weights`, both [N, 2]."""
+    def combine(
+        self, losses: Tensor, weights: Tensor, kept: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        """The reduced loss; bilinear in `losses` and `weights`, both [N, 2].
+
+        Args:
+            kept: [N], which samples count; None where all do.
+            targets: of the call, for the shape of an unreduced loss.
+        """
         total = (losses * weights).sum(1)
-        kept = self.kept(targets)
         if kept is not None:
             total = torch.where(kept, total, 0.0)
         if self.reduction == "none":
             return total.view(self._positions(targets))
         if self.reduction == "sum":
             return total.sum()
-        count = len(total) if kept is None else kept.sum().clamp(min=1)
-        return total.sum() / count
+        return total.sum() / _count(total, kept)
+
+    def shares(self, upstream: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
+        """[N, 1], what a sample's weighted loss contributes to `upstream` times the reduced loss.
+
+        Times `weights` it is the derivative of :meth:`combine` by the losses, and times `losses`
+        the one by the weights.
+
+        Args:
+            upstream: of the shape of the reduced loss.
+            losses: [N, 2].
+            kept: [N], which samples count; None where all do.
+        """
+        share = upstream / _count(losses, kept) if self.reduction == "mean" else upstream
+        share = share.reshape(-1, 1).to(losses.dtype)
+        if kept is not None:
+            return torch.where(kept.unsqueeze(1), share, 0.0)
+        return share.expand(len(losses), 1)
 
     def _flatten(self, student: Tensor, teacher: Tensor, targets: Tensor) -> _Flat:
         if student.dim() < 2:
@@ -345,6 +367,8 @@ class WeightedKDLoss(nn.Module):
 
         def rows(tensor: Tensor) -> Tensor:
             tensor = tensor.float() if tensor.dtype in (torch.half, torch.bfloat16) else tensor
+            if tensor.dim() == 2 and self.class_dim in (1, -1):
+                return tensor
             return tensor.movedim(self.class_dim, -1).reshape(-1, classes)
 
         student_rows = rows(student)
@@ -352,10 +376,10 @@ class WeightedKDLoss(nn.Module):
         if self.teacher_bias is not None:
             teacher_rows = teacher_rows - self.teacher_bias.to(teacher_rows)
         if probabilities:
-            return _Flat(student_rows, teacher_rows, rows(targets).to(student_rows.dtype))
-        labels = targets.reshape(-1).long()
-        labels = labels.masked_fill(labels == self.ignore_index, 0)
-        return _Flat(student_rows, teacher_rows, labels)
+            return _Flat(student_rows, teacher_rows, rows(targets).to(student_rows.dtype), None)
+        labels = _row(targets)
+        kept = labels != self.ignore_index
+        return _Flat(student_rows, teacher_rows, labels * kept, kept)
 
     def _losses(self, flat: _Flat) -> Tensor:
         if self.hard_loss is None:
@@ -379,13 +403,22 @@ class WeightedKDLoss(nn.Module):
         """[N], which positions count; None where all do."""
         if targets.is_floating_point():
             return None
-        return targets.reshape(-1).long() != self.ignore_index
+        return _row(targets) != self.ignore_index
 
     def _positions(self, targets: Tensor) -> list[int]:
         shape = list(targets.shape)
         if targets.is_floating_point():
             shape.pop(self.class_dim)
         return shape
+
+
+def _row(labels: Tensor) -> Tensor:
+    labels = labels.long()
+    return labels if labels.dim() == 1 else labels.reshape(-1)
+
+
+def _count(samples: Tensor, kept: Tensor | None) -> Tensor | int:
+    return len(samples) if kept is None else kept.sum().clamp(min=1)
 
 
 def _pair(alpha: float | Sequence[float]) -> tuple[float, float]:

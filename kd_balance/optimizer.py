@@ -724,11 +724,12 @@ class BilevelOptimizer(Optimizer):
         grads = inner.update.grads
         for call in inner.calls:
             with torch.no_grad():
-                kept = self.criterion.kept(call.targets)
-                weights = self.criterion.weigh(call.features, call.weights, kept)
+                weights = self.criterion.weigh(call.features, call.weights, call.kept)
             with torch.enable_grad():
                 losses = call.losses(self.criterion, call.replay(leaves))
-                change = self.criterion.combine(losses, weights - call.weights, call.targets)
+                change = self.criterion.combine(
+                    losses, weights - call.weights, call.kept, call.targets
+                )
             gradients = torch.autograd.grad(
                 change, list(leaves.values()), call.upstream, allow_unused=True
             )

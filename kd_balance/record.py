@@ -55,6 +55,7 @@ class CriterionCall:
     """The same for another batch, or why it is not known; None where they are the output."""
     teacher_logits: Tensor
     targets: Tensor
+    kept: Tensor | None  # [N], which samples count; None where all do
     features: Tensor  # [N, F]
     weights: Tensor  # [N, 2]
     recorded_losses: Tensor  # [N, 2], detached
@@ -386,10 +387,11 @@ class Recorder:
     def _after_criterion(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
     ) -> None:
-        if self._criterion.training:
-            for param in self._criterion.phi:  # has been used, and is no part of what a loop clips
-                param.grad = None
-        if not (self.active and loss.requires_grad):
+        if not loss.requires_grad:
+            return
+        for param in self._criterion.phi:  # used by now, and no part of what a loop may clip
+            param.grad = None
+        if not self.active:
             return
         kept = self._keep(self._criterion_call(loss.detach(), *args, **kwargs))
         held = {p for group in self._gradients.groups for p in group["params"]}
@@ -437,6 +439,7 @@ class Recorder:
             retraced,
             teacher_logits.detach(),
             targets,
+            self._criterion.kept(targets),
             features,
             self._criterion.weights,
             losses,

@@ -145,7 +145,7 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher ‖ student) of log probabilities [N, C], [N]; 0 · ∞ counts as 0."""
     probabilities = teacher.exp()
     terms = probabilities * (teacher - student)
-    return torch.where(probabilities > 0, terms, 0.0).sum(1)
+    return terms.masked_fill(probabilities == 0, 0.0).sum(1)
 
 
 def _scaled_kl(student_logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

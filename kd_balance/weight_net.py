@@ -204,15 +204,12 @@ class MetaWeightNet(nn.Module):
         weights = self.layers(features)
         if self.mean is None:
             return weights
-        smallest = 1 / self.ratio
-        weights = smallest + (1 - smallest) * weights
-        columns = zip(self._split, weights.unbind(1), strict=True)
-        weights = torch.stack([start * column for start, column in columns], dim=1)
-        by_sample = weights.mean(1)
+        weights = weights + 1 / (self.ratio - 1)  # their size is no matter, the ratio is
+        hard, soft = self._split
+        if hard != soft:
+            weights = torch.stack((hard * weights[:, 0], soft * weights[:, 1]), dim=1)
         if kept is None:
-            average = by_sample.mean()
-        else:  # picking by a mask would wait for the device
-            count = kept.sum()
-            total = torch.where(kept, by_sample, 0.0).sum()
-            average = torch.where(count > 0, total, 1.0) / count.clamp(min=1)
-        return weights * (sum(self._split) / 2 / average)
+            return weights * (weights.numel() / 2 * (hard + soft) / weights.sum())
+        # picking by a mask would wait for the device
+        total = torch.where(kept, weights.sum(1), 0.0).sum().clamp(min=1e-30)
+        return weights * (kept.sum() * (hard + soft) / total)

@@ -74,9 +74,8 @@ class Adjoint:
                 )
                 products.append(weight_gradient * call.weights)
                 with torch.enable_grad():
-                    kept = criterion.kept(call.targets)
-                    weights = criterion.weigh(call.features, weight_gradient, kept)
-                invariants.weighed(weights, call.weights, kept)
+                    weights = criterion.weigh(call.features, weight_gradient, call.kept)
+                invariants.weighed(weights, call.weights, call.kept)
                 parts = torch.autograd.grad(
                     weights, phi, weight_gradient, allow_unused=True, materialize_grads=True
                 )
@@ -239,20 +238,14 @@ def _loss_tangents(
 
 def _by_losses(criterion: WeightedKDLoss, call: CriterionCall, losses: Tensor) -> Tensor:
     """[N, 2], the derivatives of what backward was called on by the losses."""
-    losses = losses.detach().requires_grad_()
-    with torch.enable_grad():
-        result = criterion.combine(losses, call.weights, call.targets)
-    (gradient,) = torch.autograd.grad(result, losses, call.upstream)
-    return gradient
+    assert call.upstream is not None
+    return call.weights * criterion.shares(call.upstream, losses.detach(), call.kept)
 
 
 def _by_weight(criterion: WeightedKDLoss, call: CriterionCall, losses: Tensor) -> Tensor:
     """[N, 2], the derivatives of what backward was called on by the weights, given the losses."""
-    weights = call.weights.detach().requires_grad_()
-    with torch.enable_grad():
-        result = criterion.combine(losses, weights, call.targets)
-    (gradient,) = torch.autograd.grad(result, weights, call.upstream)
-    return gradient
+    assert call.upstream is not None
+    return losses * criterion.shares(call.upstream, losses, call.kept)
 
 
 def _double_backward(
@@ -270,7 +263,7 @@ def _double_backward(
         outputs = call.replay(leaves)
         losses = call.losses(criterion, outputs)
         invariants.replayed(*call.replayed(outputs, losses))
-        result = criterion.combine(losses, weights, call.targets)
+        result = criterion.combine(losses, weights, call.kept, call.targets)
         gradients = torch.autograd.grad(
             result,
             [leaves[name] for name in direction],

@@ -82,9 +82,9 @@ def _training_loss(
         outputs = call.replay(mapped)
         losses = call.losses(criterion, outputs)
         invariants.replayed(*call.replayed(outputs, losses))
-        weights = criterion.weigh(call.features, losses, criterion.kept(call.targets))
-        invariants.weighed(weights, call.weights, criterion.kept(call.targets))
-        result = criterion.combine(losses, weights, call.targets)
+        weights = criterion.weigh(call.features, losses, call.kept)
+        invariants.weighed(weights, call.weights, call.kept)
+        result = criterion.combine(losses, weights, call.kept, call.targets)
         total = total.to(result) + (result * call.upstream).sum()
     return total
 

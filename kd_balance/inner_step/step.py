@@ -46,6 +46,6 @@ class InnerStep:
             mapped = call.part_of(leaves, self.ids)
             with torch.enable_grad():
                 losses = call.losses(criterion, call.replay({**params, **mapped}))
-                result = criterion.combine(losses, call.weights, call.targets)
+                result = criterion.combine(losses, call.weights, call.kept, call.targets)
             torch.autograd.backward(result, call.upstream, inputs=list(mapped.values()))
         return {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
