@@ -374,6 +374,12 @@ class WeightedKDLoss(nn.Module):
         student_rows = rows(student)
         teacher_rows = rows(teacher.detach()).to(student_rows.dtype)
         if self.teacher_bias is not None:
+            if len(self.teacher_bias) != classes:
+                raise ValueError(
+                    f"class_counts has {len(self.teacher_bias)} numbers and the logits {classes} "
+                    "classes, expected as many: give kd_balance.data.class_counts "
+                    f"num_classes={classes}."
+                )
             teacher_rows = teacher_rows - self.teacher_bias.to(teacher_rows)
         if probabilities:
             return _Flat(student_rows, teacher_rows, rows(targets).to(student_rows.dtype), None)

@@ -169,6 +169,11 @@ class MetaObjective:
 
         return meta_loss
 
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the loop's targets are those of other positions than its logits are."""
+        return bool(self._alignment.shift)
+
     def _alike(
         self, training: CriterionCall, output: Any, teacher_logits: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:

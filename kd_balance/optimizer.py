@@ -174,7 +174,8 @@ class BilevelOptimizer(Optimizer):
         )
         self._meta_set = MetaSet(meta_loader)
         self._objective = MetaObjective(module, criterion, meta_loss, teacher, meta_forward)
-        if teacher is not None and criterion.teacher_bias is not None:
+        self._bias_by_teacher = teacher is not None and criterion.teacher_bias is not None
+        if self._bias_by_teacher:
             with self._meta_set.look_ahead() as batches:
                 criterion.find_teacher_bias(map(self._objective.by_teacher, batches))
         self._engine_name = engine
@@ -641,6 +642,12 @@ class BilevelOptimizer(Optimizer):
                     f"{100 * asymmetry:.0f} %, so tell kd_balance.inner_step.register_update_rule "
                     "its formula, or set step_derivative='sgd'."
                 )
+        if self._bias_by_teacher and self._objective.shifts_labels:
+            self._warn_once(
+                "The loop shifts labels against logits, and the teacher's bias was found without "
+                "it: pass a teacher whose logits at each position are those of that position's "
+                "label, such as teacher=lambda inputs: teacher(inputs).roll(1, dims=1)."
+            )
         self._looked = True
 
     def _warn_of_curvature(self, call: CriterionCall, params: Mapping[str, Tensor]) -> None:
@@ -663,7 +670,7 @@ class BilevelOptimizer(Optimizer):
     def _rehearse(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
     ) -> None:
-        before = steps[-1].update.params
+        before = self._live(steps)
         try:
             if self._engine_name == "unroll" and not (len(steps) == 1 and steps[0].alone):
                 ENGINES["adjoint"]()(self.criterion, steps, meta_loss, before, self._invariants)
@@ -677,12 +684,16 @@ class BilevelOptimizer(Optimizer):
         self._invariants.settle()
         self._invariants.check()
 
+    def _live(self, steps: list[InnerStep]) -> dict[str, Tensor]:
+        """The parameters that the steps moved, those that rest by now included, as they are."""
+        live = {name: param for param, name in self._names.items()}
+        return {name: live[name].detach() for step in steps for name in step.update.params}
+
     def _meta_step(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
     ) -> bool:
         """Adds a hypergradient to the average; moves φ when enough are in, and says so."""
-        live = {name: param for param, name in self._names.items()}
-        after = {name: live[name].detach() for step in steps for name in step.update.params}
+        after = self._live(steps)
         if self.method != "online":
             after.update(steps[-1].update.apply())
         loss, hypergradient = self._engine(

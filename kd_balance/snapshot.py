@@ -7,7 +7,7 @@ import functools
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -110,9 +110,10 @@ def _container_restorer(value: Any) -> Callable[[], None]:
             own.update(before)
         if items is None:
             return
-        if isinstance(value, dict):
-            dict.clear(value)
-            dict.update(value, items)
+        if isinstance(value, dict):  # whose own methods a subclass may have changed
+            kind = OrderedDict if isinstance(value, OrderedDict) else dict
+            kind.clear(value)
+            kind.update(value, items)
         else:
             value.clear()
             (value.update if isinstance(value, set) else value.extend)(items)

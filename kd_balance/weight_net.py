@@ -30,12 +30,12 @@ def _margin(logits: Tensor, targets: Tensor) -> Tensor:
 
 FEATURES: dict[str, Feature] = {
     "student_ce": lambda s, t, y: cross_entropy(s, y),
-    "teacher_ce": lambda s, t, y: cross_entropy(t, y),
+    "teacher_ce": lambda s, t, y: cross_entropy(t, y).clamp(max=100.0),
     "kl": lambda s, t, y: _kl(s, t),
     "student_entropy": lambda s, t, y: _entropy(s),
     "teacher_entropy": lambda s, t, y: _entropy(t),
     "student_margin": lambda s, t, y: _margin(s, y),
-    "teacher_margin": lambda s, t, y: _margin(t, y),
+    "teacher_margin": lambda s, t, y: _margin(t, y).clamp(min=-100.0),
 }
 """Per-sample features by name, all at temperature 1 and in nats.
 
@@ -43,6 +43,8 @@ FEATURES: dict[str, Feature] = {
 - ``kl``: KL(teacher ‖ student)
 - ``student_entropy``, ``teacher_entropy``: entropy of the prediction
 - ``student_margin``, ``teacher_margin``: logit of the label minus the largest other logit
+
+A teacher whose probability of the label is 0 counts as 100 nats away from it.
 """
 
 DEFAULT_FEATURES = ("student_ce", "teacher_ce")

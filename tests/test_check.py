@@ -175,6 +175,18 @@ def test_a_window_in_which_nothing_moves_is_told():
     assert report.error == 0 and "learning rate of 0" in str(report)
 
 
+def test_a_student_that_registers_a_hook_in_its_first_call():
+    loop = Loop()
+
+    def step(batch):
+        if not loop.student.net._forward_hooks:
+            loop.student.net.register_forward_hook(lambda *_: None)
+        loop.step(batch)
+
+    assert check_hypergradient(loop.optimizer, step, loop.batches).passed
+    assert not dict(loop.student.net._forward_hooks)
+
+
 def test_a_loop_that_calls_the_criterion_after_the_step_passes():
     loop = Loop()
 

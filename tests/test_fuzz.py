@@ -38,6 +38,7 @@ FOUND = [
     program(unroll=3, deeds=[("hooks", "detached within"), ("time", "frozen later")]),
     program(windows=2, deeds=[("backward", "other loss alone"), ("backward", "probed before")]),
     program(engine="unroll", deeds=[("hooks", "activation clamped"), ("loss", "cross entropy")]),
+    program(engine="unroll", unroll=2, deeds=[("hooks", "activation"), ("time", "frozen later")]),
     program(features=("student_ce", "teacher_ce"), labels="probabilities", optimizer="rmsprop",
             scheduler="onecycle", deeds=[("gradients", "clip norm")], seed=2),
 ]

@@ -203,6 +203,28 @@ def test_a_teacher_that_cannot_take_the_whole_batch_is_told():
         Setting(made_of(in_batches(*labelled(100, teacher))), teacher, **settings)
 
 
+def test_labels_that_the_loop_shifts_are_told_where_the_teacher_found_its_bias_without():
+    tokens = torch.randint(CLASSES, (8, 6))
+    student, teacher = (
+        nn.Sequential(nn.Embedding(CLASSES, 5), nn.Linear(5, CLASSES)) for _ in range(2)
+    )
+    criterion = WeightedKDLoss.long_tailed(COUNTS, class_dim=-1)
+    optimizer = BilevelOptimizer(
+        torch.optim.SGD(student.parameters(), 0.1), student, criterion, [(tokens, tokens)],
+        teacher=teacher, unroll=1, every=1,
+    )
+    criterion(student(tokens)[:, :-1], teacher(tokens)[:, :-1], tokens[:, 1:]).backward()
+    with pytest.warns(UserWarning, match="The loop shifts labels"):
+        optimizer.step()
+
+
+def test_class_counts_of_fewer_classes_than_the_logits_are_refused():
+    criterion = WeightedKDLoss.long_tailed(COUNTS)
+    logits = torch.zeros(2, CLASSES + 1)
+    with pytest.raises(ValueError, match=f"num_classes={CLASSES + 1}"):
+        criterion(logits, logits, torch.tensor([0, 1]))
+
+
 def test_without_a_teacher_nothing_is_subtracted():
     meta = in_batches(*labelled(100, Teacher()))
     assert not Setting(meta, None).criterion.teacher_bias.any()

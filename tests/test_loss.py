@@ -166,6 +166,14 @@ def test_a_class_masked_in_the_teacher_has_probability_zero_and_in_the_student_a
     assert criterion(student, torch.where(teacher.isinf(), 0.0, teacher), labels) == float("inf")
 
 
+def test_a_teacher_without_any_probability_for_the_label_has_finite_features():
+    student, teacher, labels = batch(6)
+    teacher[0, labels[0]] = float("-inf")
+    criterion = WeightedKDLoss(MetaWeightNet(tuple(FEATURES)))
+    assert criterion(student, teacher, labels).isfinite()
+    assert criterion.last_features.isfinite().all()
+
+
 def test_a_batch_of_ignored_positions_gives_zero():
     student, teacher, labels = batch(4)
     student.requires_grad_()

@@ -23,7 +23,8 @@ class Alignment:
 
     def __init__(self, ignore_index: int) -> None:
         self._ignore_index = ignore_index
-        self._shift: int | None = None
+        self.shift: int | None = None
+        """How many positions targets are behind their logits; None while unknown."""
 
     def look(
         self,
@@ -40,7 +41,7 @@ class Alignment:
             targets: that the criterion was given.
             candidates: what the targets may have been cut from.
         """
-        if self._shift is not None:
+        if self.shift is not None:
             return
         places = function.positions(shape).to(targets.device)
         grid = _grid(function, shape)
@@ -59,10 +60,10 @@ class Alignment:
                 and torch.equal(whole[places + shift][kept], targets[kept])
             ]
             if len(found) == 1:
-                (self._shift,) = found
+                (self.shift,) = found
                 return
         if cut == 0:
-            self._shift = 0
+            self.shift = 0
 
     def of(self, targets: Tensor, function: Retraced, shape: torch.Size) -> Tensor:
         """The labels of the samples that the logits have.
@@ -80,14 +81,14 @@ class Alignment:
                 f"labels of shape {tuple(targets.shape)} for an output of shape {tuple(shape)}, "
                 "expected one for each position: pass meta_forward=."
             )
-        if self._shift is None:
+        if self.shift is None:
             raise ValueError(
                 "the loop cut the logits, and its targets are no part of the labels or inputs that "
                 "the student was called with, expected to see how labels are cut: pass "
                 "meta_forward=."
             )
         places = function.positions(shape).to(targets.device)
-        return targets.flatten()[places + self._shift]
+        return targets.flatten()[places + self.shift]
 
 
 def _grid(function: Retraced, shape: torch.Size) -> torch.Size:
