@@ -209,6 +209,7 @@ OUTPUTS = {
         lambda o: o.logits,
     ),
     "dataclass": (lambda h, z: Plain(None, z, [h]), lambda o: o.logits),
+    "UserDict": (lambda h, z: collections.UserDict(hidden=h, logits=z), lambda o: o["logits"]),
 }
 
 
@@ -237,6 +238,25 @@ ARGUMENTS = {
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments(name):
     assert_differentiates(plain(2), steps=2, make=Wide, call=ARGUMENTS[name])
+
+
+@pytest.mark.parametrize("kind", [dict, collections.UserDict])
+def test_a_student_that_writes_its_output_into_its_input(kind):
+    """As the modules of sentence-transformers do."""
+
+    class Student(MLP):
+        def forward(self, features):
+            features["logits"] = super().forward(features["inputs"])
+            return features
+
+    def call(student, inputs):
+        return student(kind(inputs=inputs))["logits"]
+
+    def forward(student, batch):
+        return call(student, batch[0]), batch[1]
+
+    settings = {"meta_forward": forward}
+    assert_differentiates(plain(2), steps=2, make=Student, call=call, settings=settings)
 
 
 class Language(MLP):

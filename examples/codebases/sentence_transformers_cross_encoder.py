@@ -31,13 +31,6 @@ from clouds import BALANCED, CLASSES, LONG_TAIL
 WORDS = ["[PAD]", "[UNK]"] + [f"w{i}" for i in range(60)]
 
 
-class Student(CrossEncoder):  # kd-balance
-    """Theirs writes its scores into its argument, which could then not be replayed."""
-
-    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # kd-balance
-        return super().forward(dict(input), **kwargs)  # kd-balance
-
-
 class BalancedTrainer(BilevelTrainer, CrossEncoderTrainer):  # kd-balance
     pass
 
@@ -112,7 +105,7 @@ def cross_encoder(path: str, width: int) -> CrossEncoder:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(path)
-    return Student(path, device="cpu", local_files_only=True)  # kd-balance
+    return CrossEncoder(path, device="cpu", local_files_only=True)
 
 
 def pairs_of(sizes: list[int], seed: int) -> Dataset:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from kd_balance.replay.checkpointing import recomputed_under
 from kd_balance.replay.fused_rules import FusedRules
@@ -73,6 +75,7 @@ class StudentCall:
     ) -> StudentCall:
         structure.refresh()
         device = next(iter(structure.parameters)).device
+        args, kwargs = _own_containers((args, kwargs))  # the call may write into a dict of inputs
         return cls(
             structure,
             args,
@@ -160,7 +163,7 @@ class StudentCall:
                 stack.enter_context(differentiable_operators(self.structure.modules))
                 yield
 
-        args, kwargs = arguments
+        args, kwargs = _own_containers(arguments)
         with recomputed_under(as_recorded), as_recorded():
             return function(*args, **kwargs)
 
@@ -196,14 +199,21 @@ def _buffers_before(structure: Structure) -> dict[str, Tensor | None]:
     return copies
 
 
+def _own_containers(arguments: Any) -> Any:
+    """The same tensors in tuples, lists and dicts that nobody else holds."""
+    return tree_map(lambda x: copy.copy(x) if isinstance(x, UserDict) else x, arguments)
+
+
 def leaves_of(output: Any) -> list[Any]:
-    """What a student's output is made of, dataclasses taken apart too."""
+    """What a student's output is made of; dataclasses and mappings are taken apart too."""
     if isinstance(output, Tensor):
         return [output]
     leaves = []
     for leaf in tree_leaves(output):
         if is_dataclass(leaf) and not isinstance(leaf, type):
             leaves += leaves_of([getattr(leaf, field.name) for field in fields(leaf)])
+        elif isinstance(leaf, UserDict):
+            leaves += leaves_of(dict(leaf))
         else:
             leaves.append(leaf)
     return leaves
