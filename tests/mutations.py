@@ -31,8 +31,8 @@ class Fault(NamedTuple):
 FAULTS = [
     Fault(
         "the factor on the loss is dropped", "hypergradient/adjoint.py",
-        "(gradient,) = torch.autograd.grad(result, weights, call.upstream)",
-        "(gradient,) = torch.autograd.grad(result.sum(), weights)",
+        "return losses * criterion.shares(call.upstream, losses, call.kept)",
+        "return losses * criterion.shares(torch.ones_like(call.upstream), losses, call.kept)",
         "test_invariants.py test_habits_accumulation.py",
     ),
     Fault(
@@ -65,8 +65,8 @@ FAULTS = [
     ),
     Fault(
         "the weights are those of another call", "hypergradient/adjoint.py",
-        "weights = criterion.weigh(call.features, weight_gradient, kept)",
-        "weights = criterion.weigh(step.calls[0].features, weight_gradient, kept)",
+        "weights = criterion.weigh(call.features, weight_gradient, call.kept)",
+        "weights = criterion.weigh(step.calls[0].features, weight_gradient, call.kept)",
         "test_habits_accumulation.py",
     ),
     Fault(
@@ -92,7 +92,7 @@ FAULTS = [
     ),
     Fault(
         "the meta loss is taken before the step", "optimizer.py",
-        "after = {name: live[name].detach() for step in steps for name in step.update.params}",
+        "after = self._live(steps)",
         "after = dict(steps[-1].update.params)",
         "test_engines.py test_invariants.py",
     ),
