@@ -20,7 +20,8 @@ from kd_balance.snapshot import Snapshot
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-2}
 _LESS = 0.1  # of formats below float32
-_FIRST_MOVE = {torch.float64: 1e-5, torch.float32: 0.4}  # length that φ is moved by
+# lengths that φ is moved by: the first, and what each of the others is to the one before
+_MOVES = {torch.float64: (1e-5, 1 / 4), torch.float32: (0.4, 1 / 2)}
 _LENGTHS = 8
 _PARTED = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -152,7 +153,7 @@ class _Window:
             return Report(blur, tolerance, (
                 f"The meta loss is too coarse for a check: its slope is known to {blur:.1g} "
                 f"(relative) only, expected {tolerance:.1g}: check a float64 copy of the loop, "
-                "without autocast."
+                "without autocast, and where that bends too often still, one with unroll=1."
             ))
         if not any(h.any() for h in self._hypergradient) and error == 0:
             return Report(error, tolerance, (
@@ -359,29 +360,41 @@ class _Window:
             down = self._gain([-length * d for d in direction])
             return (up - down) / (2 * length)
 
-        first = _FIRST_MOVE.get(self._precision, 1.0)
-        found, blur = _extrapolated(slope, first)
+        first, ratio = _MOVES.get(self._precision, (1.0, 1 / 2))
+        lengths = [first * ratio**i for i in range(_LENGTHS)]
         numbers = [d * end.double() for d, end in zip(self._derivative, self._end, strict=True)]
-        rounding = 4 * torch.finfo(self._precision).eps * _norm(numbers) / first
-        size = max(abs(found), abs(expected), _norm(self._hypergradient))
+        rounding = 4 * torch.finfo(self._precision).eps * _norm(numbers)
+        size = max(abs(expected), _norm(self._hypergradient))
+        found, blur = _extrapolated(lengths, [slope(length) for length in lengths], rounding, size)
+        size, rounding = max(abs(found), size), rounding / first
         if size <= rounding:  # nothing is predicted, and nothing is seen
             return 0.0, 0.0
-        return abs(found - expected) / size, (blur + rounding) / size
+        return abs(found - expected) / size, blur + rounding / size
 
     def _student_parameters(self) -> list[Tensor]:
         return [p.detach().clone() for p in self._optimizer._names]
 
 
-def _extrapolated(slope: Callable[[float], float], first: float) -> tuple[float, float]:
-    """The slope at length 0 from those at halved lengths, and how well it is known.
+def _extrapolated(
+    lengths: list[float], slopes: list[float], rounding: float, size: float
+) -> tuple[float, float]:
+    """The slope at length 0 from those at ever shorter lengths, and how well it is known.
 
     Long moves cross the kinks of the student, short ones drown in rounding: the three neighbours
-    that agree best are taken.
+    that agree best are taken. What rounding explains is held against `size`; more than that, as
+    behind a student of many kinks, against the slopes themselves.
     """
-    slopes = [slope(first / 2**i) for i in range(_LENGTHS)]
-    triples = zip(slopes, slopes[1:], slopes[2:])
-    _, longer, shorter = best = min(triples, key=lambda three: max(three) - min(three))
-    return (4 * shorter - longer) / 3, max(best) - min(best)
+    ratio = (lengths[0] / lengths[1]) ** 2
+
+    def blur(i: int) -> float:
+        three = slopes[i : i + 3]
+        spread, largest = max(three) - min(three), max(map(abs, three))
+        explained = spread <= 4 * rounding / lengths[i + 2]
+        return spread / max(largest, size if explained else 0.0, 1e-300)
+
+    best = min(range(len(slopes) - 2), key=blur)
+    longer, shorter = slopes[best + 1 : best + 3]
+    return (ratio * shorter - longer) / (ratio - 1), blur(best)
 
 
 def _next_of(optimizer: BilevelOptimizer) -> Any:

@@ -610,7 +610,7 @@ class BilevelOptimizer(Optimizer):
         self._objective.try_out(meta_loss)
         last = steps[-1]
         call = last.calls[-1]
-        self._invariants.precision = call.student_call.precision(last.update.params)
+        self._invariants.precision = call.precision(last.update.params)
         try:
             self._rehearse(steps, meta_loss)
         except Broken as broken:

@@ -21,6 +21,7 @@ from kd_balance.loss_graph import leaves, surroundings
 from kd_balance.replay import StudentCall, Structure, leaves_of
 from kd_balance.replay.dropout import draw_as_usual, draw_plainly
 from kd_balance.replay.memory_format import ReplayFormat
+from kd_balance.replay.precision import coarsest_format
 from kd_balance.replay.uncompiled import is_compiled, run_compiled, run_uncompiled
 
 
@@ -77,6 +78,13 @@ class CriterionCall:
         calls = {id(output.call): output.call for output in self.outputs}
         returned = {key: call.replay(params) for key, call in calls.items()}
         return [output.pick(returned[id(output.call)]) for output in self.outputs]
+
+    def precision(self, params: Mapping[str, Tensor]) -> torch.dtype:
+        """The coarsest number format on the way to the outputs, autocast within forward seen."""
+        leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
+        with torch.enable_grad():
+            outputs = self.replay(leaves)
+        return coarsest_format(outputs, list(leaves.values()))
 
     def losses(self, criterion: WeightedKDLoss, outputs: Sequence[Tensor]) -> Tensor:
         """Per-sample losses [N, 2] of this call, had the student returned these outputs."""

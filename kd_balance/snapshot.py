@@ -168,7 +168,9 @@ def _parts(value: Any) -> Iterator[Any]:
 
 def _is_followed(value: Any) -> bool:
     """Whether its attributes are part of the state."""
-    if isinstance(value, (Tensor, types.FunctionType, *_ENDS)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (Tensor, types.FunctionType, *_ENDS)):
+        return False
+    if not isinstance(getattr(value, "__dict__", None), dict):  # a protocol buffer's is a proxy
         return False
     return type(value).__module__.partition(".")[0] not in sys.stdlib_module_names
 

@@ -262,3 +262,75 @@ def test_bfloat16_is_too_coarse_or_passes():
 
     report = check_hypergradient(loop.optimizer, in_bfloat16, loop.batches, raise_exception=False)
     assert report.passed or "too coarse" in str(report)
+
+
+def deep_loop(blocks):
+    """Blocks of batch norm and ReLU: the deeper, the more kinks within a short move."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 16)]
+    for _ in range(blocks):
+        layers += [nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16)]
+    loop = Loop()
+    loop.optimizer.close()
+    student = nn.Sequential(*layers, nn.Linear(16, 5)).double()
+    loop.criterion.weight_net.layers[-2].weight.data.normal_()
+    loop.student = student
+    loop.optimizer = BilevelOptimizer(
+        torch.optim.SGD(student.parameters(), 0.1), student, loop.criterion,
+        BalancedBatches(torch.randn(30, 4).double(), torch.arange(30) % 5, 10, seed=0),
+        unroll=4, every=4,
+    )
+
+    def step(batch):
+        inputs, teacher_logits, labels = batch
+        loss = loop.criterion(student(inputs), teacher_logits, labels)
+        loop.optimizer.zero_grad()
+        loss.backward()
+        loop.optimizer.step()
+
+    return loop, step
+
+
+def test_a_student_with_many_kinks_is_checked_by_shorter_moves():
+    loop, step = deep_loop(14)
+    assert check_hypergradient(loop.optimizer, step, loop.batches).error < 1e-5
+
+
+def test_a_student_with_too_many_kinks_is_not_judged():
+    loop, step = deep_loop(30)
+    report = check_hypergradient(loop.optimizer, step, loop.batches, raise_exception=False)
+    assert "too coarse" in str(report) and "unroll=1" in str(report)
+
+
+def test_objects_whose_attributes_are_no_dict_are_left_alone():
+    class Sealed:  # as a protocol buffer is
+        @property
+        def __dict__(self):
+            return type(self).__dict__
+
+    loop = Loop()
+    loop.sealed = Sealed()
+    assert check_hypergradient(loop.optimizer, loop.step, loop.batches).passed
+
+
+def test_a_loss_of_the_student_s_own_in_float32_leaves_a_float64_check_strict():
+    class WithLoss(Student):
+        def forward(self, inputs):
+            logits = super().forward(inputs)
+            return {"loss": logits.float().square().mean(), "logits": logits}
+
+    loop = Loop()
+    loop.optimizer.close()
+    student = WithLoss().double()
+    optimizer = BilevelOptimizer(
+        torch.optim.SGD(student.parameters(), 0.2), student, loop.criterion,
+        [(torch.randn(10, 4).double(), torch.arange(10) % 5)], unroll=2, every=2,
+    )
+
+    def step(batch):
+        loss = loop.criterion(student(batch[0])["logits"], *batch[1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    assert check_hypergradient(optimizer, step, loop.batches).tolerance == 1e-5

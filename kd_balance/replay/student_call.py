@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kd_balance.replay.checkpointing import recomputed_under
@@ -101,12 +100,6 @@ class StudentCall:
         pairs = zip(self.structure.modules, self.training, strict=True)
         return any(training and isinstance(module, _BatchNorm) for module, training in pairs)
 
-    def precision(self, params: Mapping[str, Tensor]) -> torch.dtype:
-        """The coarsest number format that the call computes in, autocast within forward seen."""
-        with _Formats() as formats, torch.no_grad():
-            self.replay(params)
-        return max(formats.seen, key=lambda dtype: torch.finfo(dtype).eps)
-
     def replay(self, params: Mapping[str, Tensor]) -> Any:
         """The output of this very call, dropout masks included, under other parameters.
 
@@ -166,20 +159,6 @@ class StudentCall:
         args, kwargs = _own_containers(arguments)
         with recomputed_under(as_recorded), as_recorded():
             return function(*args, **kwargs)
-
-
-class _Formats(TorchDispatchMode):
-    """Sees the formats of all numbers that operators give."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        self.seen |= {x.dtype for x in tensors if x.is_floating_point()}
-        return result
 
 
 def _buffers_before(structure: Structure) -> dict[str, Tensor | None]:
