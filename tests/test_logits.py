@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kd_balance import MetaWeightNet, WeightedKDLoss
 from tests.habits import (
+    Lab,
     assert_differentiates,
     assert_leaves_what_the_plain_loop_leaves,
     assert_one_sentence,
@@ -308,6 +310,46 @@ def test_labels_that_nobody_has_seen_whole_are_refused():
 
 
 # refusals
+
+
+@pytest.mark.parametrize("known_by", ["bias", "meta_loss"])
+def test_a_teacher_of_a_lower_resolution_is_refused_by_both_shapes(known_by):
+    """Which the loop upsamples, as it does the student's output, but by another factor."""
+    counts = torch.ones(CLASSES, dtype=torch.long)
+    lab = Lab(make=Image, shape=(2, 4, 4), places=(8, 8))
+
+    def teacher(inputs):
+        return Image().double()(inputs[..., ::2, ::2])
+
+    settings = {"teacher": teacher, "meta_loss": "hard" if known_by == "bias" else "mix"}
+    long_tailed = known_by == "bias"
+    lab.criterion = (
+        WeightedKDLoss.long_tailed(counts) if long_tailed else WeightedKDLoss(MetaWeightNet())
+    )
+    shapes = {"bias": r"\(7, 8, 8\)", "meta_loss": r"\(7, 5, 8, 8\)"}
+    both = rf"teacher gave logits of shape \(7, 5, 2, 2\).*{shapes[known_by]}.*F.interpolate"
+    with pytest.raises(ValueError, match=both) as error:
+        lab.wrap(**settings)
+        for inputs, teacher_logits, labels in lab.batches(1):
+            logits = F.interpolate(lab.called(inputs), scale_factor=2)
+            lab.criterion(logits, teacher_logits, labels).backward()
+            lab.optimizer.step()
+    assert_one_sentence(error)
+
+
+def test_a_teacher_of_the_student_s_resolution_is_upsampled_with_it():
+    settings = {"meta_loss": "mix", "teacher": Image().double()}
+    options = {"make": Image, "shape": (2, 1, 1), "places": (2, 2), "settings": settings}
+    lab = trained(plain(1), wrapped=True, call=whole(lambda z: F.interpolate(z, scale_factor=2)),
+                  **options)
+    assert lab.hypergradient.abs().sum() > 0
+
+
+def test_a_mask_over_samples_is_refused_in_one_sentence():
+    call = first(lambda z: z[torch.arange(len(z)) >= 0][:, :CLASSES])
+    with pytest.raises(ValueError, match="to_logits=.*meta_forward=[.]$") as error:
+        trained(plain(1), wrapped=True, make=Wide, call=call)
+    assert_one_sentence(error)
 
 
 @pytest.mark.parametrize("every", [1, 4])

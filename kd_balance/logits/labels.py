@@ -10,6 +10,10 @@ from torch import Tensor
 from kd_balance.logits.retraced import Retraced
 
 
+class Unlike(ValueError):
+    """A meta batch that cannot be treated as the loop treats its own; in a whole sentence."""
+
+
 class Alignment:
     """Which label belongs to which sample of the logits, where there are more labels than samples.
 
@@ -74,15 +78,15 @@ class Alignment:
             shape: of the student's output.
 
         Raises:
-            ValueError: it is not known which ones.
+            Unlike: it is not known which ones.
         """
         if targets.shape != _grid(function, shape):
-            raise ValueError(
+            raise Unlike(
                 f"labels of shape {tuple(targets.shape)} for an output of shape {tuple(shape)}, "
                 "expected one for each position: pass meta_forward=."
             )
         if self.shift is None:
-            raise ValueError(
+            raise Unlike(
                 "the loop cut the logits, and its targets are no part of the labels or inputs that "
                 "the student was called with, expected to see how labels are cut: pass "
                 "meta_forward=."
