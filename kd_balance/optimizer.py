@@ -21,6 +21,7 @@ from kd_balance.inner_step import (
     DIFFERENTIABLE,
     InnerStep,
     Update,
+    full_name,
     is_differentiable,
     known_optimizers,
     predicted,
@@ -76,7 +77,8 @@ class BilevelOptimizer(Optimizer):
         accumulate: hypergradients averaged before φ moves. The average then stays in the ``.grad``
             of the weight net's parameters until the criterion is called again.
         step_derivative: how `optimizer`'s step is differentiated. "exact" knows SGD, Adam, AdamW,
-            RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop, Adafactor, Muon and what
+            RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop, Muon, both Adafactors
+            (torch's, transformers') and what
             :func:`~kd_balance.inner_step.register_update_rule` was told. For any other, with
             method "online" and engine "adjoint": "finite_difference" nudges copies of the step, and
             is exact to some digits where every element moves by itself, but counts what the state
@@ -867,13 +869,23 @@ def _check_optimizer(optimizer: Optimizer, method: str, step_derivative: str) ->
             "expected steps along one gradient: set method='paper', which works with any."
         )
     if not differentiable:
-        names = ", ".join(kind.__name__ for kind in (*DIFFERENTIABLE, *known_optimizers()))
-        kinds = " and ".join(type(part).__name__ for part in parts(optimizer))
+        known = {*map(full_name, DIFFERENTIABLE), *known_optimizers()}
+        theirs = sorted(name.split(".")[-1] for name in known if name.startswith("torch.optim."))
+        others = sorted(name for name in known if not name.startswith("torch.optim."))
+        kinds = " and ".join(full_name(type(part)) for part in parts(optimizer))
         raise ValueError(
             f"optimizer is {kinds}, whose step's derivative is not known; "
-            f"expected one of {names}: set step_derivative='finite_difference' or 'sgd', tell "
+            f"expected torch.optim's {', '.join(theirs)}, or {', '.join(others)}: set "
+            "step_derivative='finite_difference' or 'sgd', tell "
             "kd_balance.inner_step.register_update_rule of it, or set method='paper', which works "
             "with any."
+        )
+    plain_sgd = method == "paper" or step_derivative == "sgd"
+    if plain_sgd and any(group.get("lr", 0) is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"lr is None in a group of {full_name(type(optimizer))}, whose step was to be taken "
+            "for plain SGD's, expected a number: give it an lr and relative_step=False, or keep "
+            "method='online' and step_derivative='exact'."
         )
     if needs_formula and any(type(part) is torch.optim.Rprop for part in parts(optimizer)):
         warnings.warn(

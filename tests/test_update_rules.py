@@ -102,6 +102,50 @@ def test_adafactor(name, steps, engine):
     )
 
 
+OF_TRANSFORMERS = {
+    "relative": {},
+    "warm-up": {"warmup_init": True, "weight_decay": 0.1},
+    "rate": {"lr": 0.05, "relative_step": False, "beta1": 0.9, "clip_threshold": 0.5},
+    "unscaled": {
+        "lr": 0.02, "relative_step": False, "scale_parameter": False, "weight_decay": 0.1,
+        "eps": (1e-3, 0.5),
+    },
+}
+
+
+@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_the_adafactor_of_transformers(name, steps, engine):
+    kind = pytest.importorskip("transformers.optimization").Adafactor
+    assert_differentiates(
+        plain(steps), steps=steps, rtol=1e-6, settings={"engine": engine},
+        optimizer=lambda params: kind(params, **OF_TRANSFORMERS[name]),
+    )
+
+
+def test_the_adafactor_of_transformers_in_float32():
+    kind = pytest.importorskip("transformers.optimization").Adafactor
+    assert_leaves_what_the_plain_loop_leaves(plain(4), optimizer=kind, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("settings", [{"method": "paper"}, {"step_derivative": "sgd"}])
+def test_a_step_taken_for_plain_sgd_s_needs_a_rate(settings):
+    kind = pytest.importorskip("transformers.optimization").Adafactor
+    with pytest.raises(ValueError, match="lr is None.*relative_step=False") as error:
+        Lab(optimizer=kind).wrap(**settings)
+    assert_one_sentence(error)
+
+
+def test_another_class_of_a_known_name_is_refused_by_its_full_name():
+    kind = type("Adafactor", (torch.optim.Adafactor,), {"__module__": "of.somebody"})
+    with pytest.raises(
+        ValueError, match="optimizer is of.somebody.Adafactor, .*torch.optim's .*step_derivative="
+    ) as error:
+        Lab(optimizer=kind).wrap()
+    assert_one_sentence(error)
+
+
 @MUON
 @pytest.mark.parametrize("engine", ["adjoint", "unroll"])
 @pytest.mark.parametrize("steps", [1, 4])
