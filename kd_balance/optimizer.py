@@ -421,9 +421,11 @@ class BilevelOptimizer(Optimizer):
 
         ``meta_loss``, ``meta_loss_start`` (mean of the first ten), ``hypergradient_norm``,
         ``hard_weight`` and ``soft_weight`` (means over the step's batch; all nan before the first),
-        ``meta_updates`` (steps of φ so far) and ``skipped_updates`` (hypergradients that were not
-        finite, or on an accelerator broke an invariant, and counted as zero). The latter stand by
-        their cause in ``skipped_by_…``, once there are some.
+        ``meta_updates`` (steps that φ's optimizer took so far) and ``skipped_updates``
+        (hypergradients that were not finite, or on an accelerator broke an invariant). The latter
+        count as zero in a step that is taken all the same, by momentum and weight decay alone
+        where there are no others, and that ``meta_updates`` counts; those of a broken invariant
+        stand by their cause in ``skipped_by_…``, once there are some.
 
         Raises:
             ValueError: on an accelerator, an invariant broke since the last reading.
