@@ -32,7 +32,7 @@ from kd_balance.joint import JointOptimizer, parts
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import CriterionCall, Recorder, Recording
-from kd_balance.replay import Structure, replayable, stops_gradients
+from kd_balance.replay import LoopBackward, Structure, replayable, stops_gradients
 
 METHODS = ("online", "lookahead", "paper")
 DERIVATIVES = ("exact", "finite_difference", "sgd")
@@ -740,14 +740,14 @@ class BilevelOptimizer(Optimizer):
         for call in inner.calls:
             with torch.no_grad():
                 weights = self.criterion.weigh(call.features, call.weights, call.kept)
-            with torch.enable_grad():
+            with torch.enable_grad(), LoopBackward():
                 losses = call.losses(self.criterion, call.replay(leaves))
                 change = self.criterion.combine(
                     losses, weights - call.weights, call.kept, call.targets
                 )
-            gradients = torch.autograd.grad(
-                change, list(leaves.values()), call.upstream, allow_unused=True
-            )
+                gradients = torch.autograd.grad(
+                    change, list(leaves.values()), call.upstream, allow_unused=True
+                )
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     grads[name].add_(gradient)
