@@ -450,9 +450,9 @@ class BilevelOptimizer(Optimizer):
         """
         if self._window:
             warnings.warn(
-                f"The checkpoint falls between steps that one hypergradient passes through: "
-                f"{len(self._window)} of {self.unroll} steps are not saved, and that of a resumed "
-                "run passes through the others only.",
+                f"state_dict() was called between steps that one hypergradient passes through: "
+                f"{len(self._window)} of {self.unroll} steps are not saved, and where the state is "
+                "loaded, in this run or another, that one passes through the others only.",
                 stacklevel=2,
             )
         meta_state = {
