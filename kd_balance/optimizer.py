@@ -865,6 +865,11 @@ def _check_optimizer(optimizer: Optimizer, method: str, step_derivative: str) ->
             "innermost optimizer: wrap that one, and prepare or wrap the BilevelOptimizer "
             "afterwards."
         )
+    if any(isinstance(part, torch.optim.SparseAdam) for part in parts(optimizer)):
+        raise ValueError(
+            "optimizer is SparseAdam, which steps along sparse gradients alone, expected dense "
+            "ones: make embeddings with sparse=False, and use Adam."
+        )
     if method != "paper" and any(map(_needs_closure, parts(optimizer))):
         raise ValueError(
             f"optimizer is {type(optimizer).__name__}, whose step computes the loss several times, "

@@ -1,6 +1,7 @@
 """Optimizers beyond those that torch can differentiate: rules, several at once, copies nudged."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -226,6 +227,42 @@ def test_a_parameter_in_two_optimizers_is_refused():
     with pytest.raises(ValueError, match="in one of them") as error:
         lab.wrap()
     assert_one_sentence(error)
+
+
+# every optimizer of torch
+
+RATES = {"SGD": 0.1, "Adadelta": 1.0, "ASGD": 0.05, "Adafactor": 0.05}
+REFUSED = {"LBFGS": "computes the loss several times.*method='paper'", "SparseAdam": "sparse=False"}
+KINDS = [
+    name for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name != "Optimizer"
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_optimizer_of_torch_is_right_or_refused(name, monkeypatch):
+    def make(params):
+        return getattr(torch.optim, name)(params, lr=RATES.get(name, 0.01))
+
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]) as error:
+            Lab(optimizer=make).wrap()
+        assert_one_sentence(error)
+        return
+    unrounded(monkeypatch)
+    warns = pytest.warns(match="derivative is zero") if name == "Rprop" else nullcontext()
+    with warns:
+        assert_differentiates(
+            plain(4), steps=4, rtol=1e-5, optimizer=muon_and_adamw if name == "Muon" else make
+        )
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"method": "paper"}, {"method": "lookahead"}, {"step_derivative": "finite_difference"},
+])
+def test_sparse_adam_is_refused_with_the_way_out_whatever_the_method(settings):
+    with pytest.raises(ValueError, match="SparseAdam.*sparse gradients alone.*sparse=False"):
+        Lab(optimizer=torch.optim.SparseAdam).wrap(**settings)
 
 
 # rules of one's own
