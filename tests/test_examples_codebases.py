@@ -12,7 +12,11 @@ from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_load
 from tests.students import relative_error
 
 FOLDER = Path(__file__).parent.parent / "examples" / "codebases"
-LIBRARIES = {"ignite_engine": "ignite", "skorch_net": "skorch", "modelopt_convert": "modelopt"}
+LIBRARIES = {
+    "ignite_engine": "ignite", "skorch_net": "skorch", "modelopt_convert": "modelopt",
+    "torchtune_kd_recipe": "torchtune",
+}
+ERRORS = {"torchtune_kd_recipe": 1e-4}  # its positions are float32
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Teacher's Module:UserWarning"),  # modelopt's own
@@ -44,7 +48,7 @@ def test_the_example_trains_and_its_check_passes(name, example, monkeypatch, cap
         module.main()
     printed = capsys.readouterr().out
     assert int(re.search(r"meta updates: (\d+)", printed)[1]) > 5
-    assert float(re.search(r"a relative error of (\S+)", printed)[1]) < 1e-7
+    assert float(re.search(r"a relative error of (\S+)", printed)[1]) < ERRORS.get(name, 1e-7)
 
 
 def wrapped(module, **settings):
