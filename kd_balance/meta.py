@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kd_balance.hard_losses import cross_entropy
-from kd_balance.logits import Alignment, Unlike, Untraceable
+from kd_balance.logits import Alignment, Unlike, Untraceable, places_behind
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
 from kd_balance.replay import RandomState, StudentCall, leaves_of, preserved_random_state
@@ -133,6 +133,7 @@ class MetaObjective:
         self._teacher = teacher
         self._forward = forward
         self._alignment = Alignment(criterion.ignore_index)
+        self._compared = False
 
     def on(
         self, batch: Any, training: CriterionCall
@@ -150,6 +151,8 @@ class MetaObjective:
         if self._forward is None:
             inputs, targets = _split(batch)
             args, kwargs = _in_place_of(call, inputs)
+            if not self._compared:  # once: it waits for the device
+                self._compare_labels(training, targets, (args, kwargs))
             if "labels" in call.kwargs:
                 kwargs["labels"] = targets
         else:
@@ -205,6 +208,19 @@ class MetaObjective:
         was = training.outputs[0].value.shape
         self._alignment.look(function, was, training.targets, candidates)
         return logits, teacher_logits, self._alignment.of(targets, function, shape)
+
+    def _compare_labels(self, training: CriterionCall, targets: Tensor, given: Any) -> None:
+        """Refuses labels that are the inputs, where the loop's are the inputs that come next."""
+        self._compared = True
+        ignored = self._criterion.ignore_index
+        call = training.student_call
+        theirs = places_behind(training.targets, _inputs(call.args, call.kwargs), ignored)
+        if theirs and places_behind(targets, _inputs(*given), ignored) == 0:
+            raise Unlike(
+                f"the loop's targets are its inputs moved by {theirs} place, and the labels of a "
+                "meta batch are its inputs as they are, expected labels as the criterion is given "
+                "them: move those of meta batches alike, or pass meta_forward=."
+            )
 
     def try_out(self, meta_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
         """Evaluates a meta loss once, so that a misfit shows before the student has moved.
@@ -368,6 +384,11 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
         f"a meta batch is {held}, expected (inputs, labels) or a mapping with the key 'labels': "
         "pass meta_forward=."
     )
+
+
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a student is called with, beside labels."""
+    return leaves_of((args, {key: value for key, value in kwargs.items() if key != "labels"}))
 
 
 def _in_place_of(call: StudentCall, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -291,6 +291,47 @@ def test_a_causal_language_model_needs_no_meta_forward(flat, copy, length):
     torch.testing.assert_close(lab.hypergradient, expected.hypergradient)
 
 
+def padded(flat):
+    """A causal language model's loop that fills the place of the label it has not."""
+
+    def loop(lab):
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(2):
+            tokens = torch.randint(CLASSES, (9, 6), generator=generator)
+            teacher_logits = torch.randn(9, 6, CLASSES, generator=generator).to(lab.dtype)
+            logits, labels = lab.called(tokens), moved(tokens)
+            if flat:
+                logits, teacher_logits = (z.reshape(-1, CLASSES) for z in (logits, teacher_logits))
+                labels = labels.reshape(-1)
+            lab.optimizer.zero_grad()
+            lab.criterion(logits, teacher_logits, labels).backward()
+            lab.optimizer.step()
+
+    return loop
+
+
+def moved(tokens):
+    return torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), -100)], 1)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_meta_labels_that_are_not_moved_as_the_loop_s_are_refused(flat):
+    tokens = tokens_of(6)
+    options = {"make": Language, "criterion": {"class_dim": -1}, "wrapped": True}
+    with pytest.raises(ValueError, match="moved by 1 place.*meta_forward=") as error:
+        trained(padded(flat), settings={"meta": [(tokens, tokens)]}, **options)
+    assert_one_sentence(error)
+    lab = trained(padded(flat), settings={"meta": [(tokens, moved(tokens))]}, **options)
+
+    def forward(student, batch):
+        return student(batch), moved(batch)
+
+    by_hand = {"meta": [tokens], "meta_forward": forward}
+    expected = trained(padded(flat), settings=by_hand, **options)
+    assert lab.hypergradient.abs().sum() > 0
+    torch.testing.assert_close(lab.hypergradient, expected.hypergradient)
+
+
 def test_labels_that_nobody_has_seen_whole_are_refused():
     """Whether the loop shifts them or cuts them alike is not known."""
 

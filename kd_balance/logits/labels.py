@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,31 @@ class Alignment:
             )
         places = function.positions(shape).to(targets.device)
         return targets.flatten()[places + self.shift]
+
+
+def places_behind(targets: Tensor, inputs: Iterable[Any], ignore_index: int) -> int | None:
+    """How many places behind the inputs targets are that are made of them: 0, 1, −1.
+
+    Args:
+        targets: class indices, as many as one of the inputs has numbers.
+        inputs: what the student was called with.
+        ignore_index: targets that may be anything.
+
+    Returns:
+        None for targets that are made of something else.
+    """
+    if targets.is_floating_point():
+        return None
+    targets = targets.flatten()
+    kept = targets != ignore_index
+    for whole in inputs:
+        if not isinstance(whole, Tensor) or whole.is_floating_point() or whole.dim() < 2:
+            continue
+        for places in (0, 1, -1) if whole.numel() == len(targets) else ():
+            moved = whole.roll(-places, -1).flatten().to(targets)
+            if kept.any() and torch.equal(moved[kept], targets[kept]):
+                return places
+    return None
 
 
 def _grid(function: Retraced, shape: torch.Size) -> torch.Size:
