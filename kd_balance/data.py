@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ def class_counts(targets: Labels | Labelled, num_classes: int | None = None) -> 
     """How many samples each class has.
 
     Args:
-        targets: class indices [N]: a tensor on any device, a numpy array or a list; or the
-            training set that they are the labels of, as for :func:`meta_loader`. Of a DataLoader
-            it is the dataset that counts, whatever its sampler does.
+        targets: class indices [N]: a tensor on any device, an array, a list or any other sequence
+            of whole numbers, such as a column of a table; or the training set that they are the
+            labels of, as for :func:`meta_loader`. Of a DataLoader it is the dataset that counts,
+            whatever its sampler does.
         num_classes: C, where classes at the end may have no sample; by default the largest
             index + 1.
 
@@ -436,7 +438,10 @@ def _is_pair(data: Any) -> bool:
 def _are_labels(data: Any) -> bool:
     if isinstance(data, (list, tuple, range)):
         return not len(data) or not isinstance(data[0], (tuple, Mapping)) and not _is_pair(data)
-    return isinstance(data, (Tensor, np.ndarray))
+    if isinstance(data, Sequence):  # a column, say
+        first = data[0] if len(data) else None
+        return isinstance(first, Integral) or getattr(first, "ndim", None) == 0
+    return hasattr(data, "__array__")  # tensors, arrays, series
 
 
 def _listed_labels(data: Any) -> Any:
@@ -481,7 +486,11 @@ def _label_of(item: Any) -> Any:
 
 def _labels(targets: Labels) -> Tensor:
     """Class indices as a LongTensor [N] of its own, on the CPU."""
-    array = np.asarray(targets.detach().cpu() if isinstance(targets, Tensor) else targets)
+    if isinstance(targets, Tensor):
+        targets = targets.detach().cpu()
+    elif isinstance(targets, Sequence):
+        targets = targets[:]  # of a column on disk, in one reading
+    array = np.asarray(targets)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iub" or array.min() < 0:
         raise ValueError(
             f"targets are {array.dtype} of shape {array.shape}, expected class indices [N], "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kd_balance.hard_losses import cross_entropy
-from kd_balance.logits import Alignment, Untraceable
+from kd_balance.logits import Alignment, Unlike, Untraceable, places_behind
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
 from kd_balance.replay import RandomState, StudentCall, leaves_of, preserved_random_state
@@ -133,6 +133,7 @@ class MetaObjective:
         self._teacher = teacher
         self._forward = forward
         self._alignment = Alignment(criterion.ignore_index)
+        self._compared = False
 
     def on(
         self, batch: Any, training: CriterionCall
@@ -150,6 +151,8 @@ class MetaObjective:
         if self._forward is None:
             inputs, targets = _split(batch)
             args, kwargs = _in_place_of(call, inputs)
+            if not self._compared:  # once: it waits for the device
+                self._compare_labels(training, targets, (args, kwargs))
             if "labels" in call.kwargs:
                 kwargs["labels"] = targets
         else:
@@ -182,19 +185,21 @@ class MetaObjective:
         if function is None:
             return picked[0], teacher_logits, targets
         if isinstance(function, Untraceable):
-            raise ValueError(
+            raise Unlike(
                 f"the loop makes the logits of the student's output by {function}, whose like for "
                 "a meta batch is not known: pass to_logits=, the function from the student's "
                 "output to the logits, or meta_forward=."
             )
         if len({id(out.call) for out in training.outputs}) > 1:
-            raise ValueError(
+            raise Unlike(
                 "the loop makes the logits of several calls of the student, which a meta batch "
                 "has no inputs for: pass meta_forward=."
             )
         logits, shape = function(*picked), picked[0].shape
         if teacher_logits is not None and teacher_logits.shape != logits.shape:
-            teacher_logits = function(teacher_logits)
+            with suppress(RuntimeError, IndexError, ValueError):  # of sizes that do not fit
+                made = function(teacher_logits)
+                teacher_logits = made if made.shape == logits.shape else teacher_logits
         samples = logits.movedim(self._criterion.class_dim, -1).shape[:-1]
         if targets.is_floating_point() or targets.shape == samples:
             return logits, teacher_logits, targets
@@ -203,6 +208,19 @@ class MetaObjective:
         was = training.outputs[0].value.shape
         self._alignment.look(function, was, training.targets, candidates)
         return logits, teacher_logits, self._alignment.of(targets, function, shape)
+
+    def _compare_labels(self, training: CriterionCall, targets: Tensor, given: Any) -> None:
+        """Refuses labels that are the inputs, where the loop's are the inputs that come next."""
+        self._compared = True
+        ignored = self._criterion.ignore_index
+        call = training.student_call
+        theirs = places_behind(training.targets, _inputs(call.args, call.kwargs), ignored)
+        if theirs and places_behind(targets, _inputs(*given), ignored) == 0:
+            raise Unlike(
+                f"the loop's targets are its inputs moved by {theirs} place, and the labels of a "
+                "meta batch are its inputs as they are, expected labels as the criterion is given "
+                "them: move those of meta batches alike, or pass meta_forward=."
+            )
 
     def try_out(self, meta_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
         """Evaluates a meta loss once, so that a misfit shows before the student has moved.
@@ -213,10 +231,12 @@ class MetaObjective:
         try:
             with torch.no_grad():
                 loss = meta_loss({})
+        except Unlike:
+            raise
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
             raise ValueError(
                 "the meta loss could not be computed, expected meta batches like the training "
-                f"batches, labels included: check what meta_loader yields ({error})."
+                f"batches, labels included: check what meta_loader yields ({_first_line(error)})."
             ) from error
         if loss.dim() != 0 or not loss.isfinite():
             raise ValueError(
@@ -240,28 +260,28 @@ class MetaObjective:
                     inputs, targets = _split(batch)
                 else:
                     inputs, targets = batch, self._forward(self._student, batch)[1]
-                try:
-                    logits = self._teacher_logits(inputs)
-                except (RuntimeError, TypeError, AttributeError) as error:
-                    way = (
-                        "teacher(inputs), or teacher(**inputs) for a mapping: pass "
-                        "teacher=lambda inputs: …"
-                        if self._forward is None
-                        else "teacher(batch) beside meta_forward: pass teacher=lambda batch: …"
-                    )
-                    raise ValueError(
-                        "the teacher could not be run on a meta batch, expected to be called as "
-                        f"{way} ({str(error).splitlines()[0]})."
-                    ) from error
+                logits = self._teacher_logits(inputs)
+                _check_positions(logits, targets, self._criterion.class_dim)
         return logits, targets.to(logits.device)
 
     def _teacher_logits(self, inputs: Any) -> Tensor:
         assert self._teacher is not None
-        with torch.no_grad():
-            if isinstance(inputs, Mapping) and self._forward is None:
-                logits = self._teacher(**inputs)
-            else:
-                logits = self._teacher(inputs)
+        try:
+            with torch.no_grad():
+                if isinstance(inputs, Mapping) and self._forward is None:
+                    logits = self._teacher(**inputs)
+                else:
+                    logits = self._teacher(inputs)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            way = (
+                "teacher(inputs), or teacher(**inputs) for a mapping: pass teacher=lambda inputs: …"
+                if self._forward is None
+                else "teacher(batch) beside meta_forward: pass teacher=lambda batch: …"
+            )
+            raise ValueError(
+                "the teacher could not be run on a meta batch, expected to be called as "
+                f"{way} ({_first_line(error)})."
+            ) from error
         found = [logits] if isinstance(logits, Tensor) else self._like_logits(logits)
         if len(found) != 1:
             raise ValueError(
@@ -298,6 +318,11 @@ class MetaObjective:
                     )
             if self.kind in ("soft", "mix"):
                 assert teacher_logits is not None
+                if teacher_logits.shape != logits.shape:
+                    raise Unlike(
+                        f"teacher gave logits of shape {tuple(teacher_logits.shape)} for a meta "
+                        f"batch whose student logits have shape {tuple(logits.shape)}, {_AS_LOOP}"
+                    )
                 soft = criterion.losses(logits, teacher_logits, targets)[:, 1]
                 kept = criterion.kept(targets)
                 if kept is None:
@@ -305,6 +330,27 @@ class MetaObjective:
                 else:  # picking by a mask would wait for the device
                     loss = loss + torch.where(kept, soft, 0).sum() / kept.sum().clamp(min=1)
             return loss
+
+
+_AS_LOOP = (
+    "expected the same classes and positions: pass teacher=lambda inputs: … that makes of the "
+    "teacher's logits what the loop does, such as F.interpolate(teacher(inputs), size=…)."
+)
+
+
+def _check_positions(teacher_logits: Tensor, targets: Tensor, class_dim: int) -> None:
+    shape = list(teacher_logits.shape)
+    if len(shape) > 1 and not targets.is_floating_point():
+        shape.pop(class_dim)
+    if shape != list(targets.shape):
+        raise ValueError(
+            f"teacher gave logits of shape {tuple(teacher_logits.shape)} for meta labels of shape "
+            f"{tuple(targets.shape)}, with class_dim={class_dim}, {_AS_LOOP}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0].rstrip(".:")
 
 
 @contextmanager
@@ -338,6 +384,11 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
         f"a meta batch is {held}, expected (inputs, labels) or a mapping with the key 'labels': "
         "pass meta_forward=."
     )
+
+
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a student is called with, beside labels."""
+    return leaves_of((args, {key: value for key, value in kwargs.items() if key != "labels"}))
 
 
 def _in_place_of(call: StudentCall, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -21,6 +21,7 @@ from kd_balance.inner_step import (
     DIFFERENTIABLE,
     InnerStep,
     Update,
+    full_name,
     is_differentiable,
     known_optimizers,
     predicted,
@@ -31,7 +32,7 @@ from kd_balance.joint import JointOptimizer, parts
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import CriterionCall, Recorder, Recording
-from kd_balance.replay import Structure, replayable, stops_gradients
+from kd_balance.replay import LoopBackward, Structure, replayable, stops_gradients
 
 METHODS = ("online", "lookahead", "paper")
 DERIVATIVES = ("exact", "finite_difference", "sgd")
@@ -76,7 +77,8 @@ class BilevelOptimizer(Optimizer):
         accumulate: hypergradients averaged before φ moves. The average then stays in the ``.grad``
             of the weight net's parameters until the criterion is called again.
         step_derivative: how `optimizer`'s step is differentiated. "exact" knows SGD, Adam, AdamW,
-            RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop, Adafactor, Muon and what
+            RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop, Muon, both Adafactors
+            (torch's, transformers') and what
             :func:`~kd_balance.inner_step.register_update_rule` was told. For any other, with
             method "online" and engine "adjoint": "finite_difference" nudges copies of the step, and
             is exact to some digits where every element moves by itself, but counts what the state
@@ -419,9 +421,11 @@ class BilevelOptimizer(Optimizer):
 
         ``meta_loss``, ``meta_loss_start`` (mean of the first ten), ``hypergradient_norm``,
         ``hard_weight`` and ``soft_weight`` (means over the step's batch; all nan before the first),
-        ``meta_updates`` (steps of φ so far) and ``skipped_updates`` (hypergradients that were not
-        finite, or on an accelerator broke an invariant, and counted as zero). The latter stand by
-        their cause in ``skipped_by_…``, once there are some.
+        ``meta_updates`` (steps that φ's optimizer took so far) and ``skipped_updates``
+        (hypergradients that were not finite, or on an accelerator broke an invariant). The latter
+        count as zero in a step that is taken all the same, by momentum and weight decay alone
+        where there are no others, and that ``meta_updates`` counts; those of a broken invariant
+        stand by their cause in ``skipped_by_…``, once there are some.
 
         Raises:
             ValueError: on an accelerator, an invariant broke since the last reading.
@@ -446,9 +450,9 @@ class BilevelOptimizer(Optimizer):
         """
         if self._window:
             warnings.warn(
-                f"The checkpoint falls between steps that one hypergradient passes through: "
-                f"{len(self._window)} of {self.unroll} steps are not saved, and that of a resumed "
-                "run passes through the others only.",
+                f"state_dict() was called between steps that one hypergradient passes through: "
+                f"{len(self._window)} of {self.unroll} steps are not saved, and where the state is "
+                "loaded, in this run or another, that one passes through the others only.",
                 stacklevel=2,
             )
         meta_state = {
@@ -736,14 +740,14 @@ class BilevelOptimizer(Optimizer):
         for call in inner.calls:
             with torch.no_grad():
                 weights = self.criterion.weigh(call.features, call.weights, call.kept)
-            with torch.enable_grad():
+            with torch.enable_grad(), LoopBackward():
                 losses = call.losses(self.criterion, call.replay(leaves))
                 change = self.criterion.combine(
                     losses, weights - call.weights, call.kept, call.targets
                 )
-            gradients = torch.autograd.grad(
-                change, list(leaves.values()), call.upstream, allow_unused=True
-            )
+                gradients = torch.autograd.grad(
+                    change, list(leaves.values()), call.upstream, allow_unused=True
+                )
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     grads[name].add_(gradient)
@@ -861,19 +865,34 @@ def _check_optimizer(optimizer: Optimizer, method: str, step_derivative: str) ->
             "innermost optimizer: wrap that one, and prepare or wrap the BilevelOptimizer "
             "afterwards."
         )
+    if any(isinstance(part, torch.optim.SparseAdam) for part in parts(optimizer)):
+        raise ValueError(
+            "optimizer is SparseAdam, which steps along sparse gradients alone, expected dense "
+            "ones: make embeddings with sparse=False, and use Adam."
+        )
     if method != "paper" and any(map(_needs_closure, parts(optimizer))):
         raise ValueError(
             f"optimizer is {type(optimizer).__name__}, whose step computes the loss several times, "
             "expected steps along one gradient: set method='paper', which works with any."
         )
     if not differentiable:
-        names = ", ".join(kind.__name__ for kind in (*DIFFERENTIABLE, *known_optimizers()))
-        kinds = " and ".join(type(part).__name__ for part in parts(optimizer))
+        known = {*map(full_name, DIFFERENTIABLE), *known_optimizers()}
+        theirs = sorted(name.split(".")[-1] for name in known if name.startswith("torch.optim."))
+        others = sorted(name for name in known if not name.startswith("torch.optim."))
+        kinds = " and ".join(full_name(type(part)) for part in parts(optimizer))
         raise ValueError(
             f"optimizer is {kinds}, whose step's derivative is not known; "
-            f"expected one of {names}: set step_derivative='finite_difference' or 'sgd', tell "
+            f"expected torch.optim's {', '.join(theirs)}, or {', '.join(others)}: set "
+            "step_derivative='finite_difference' or 'sgd', tell "
             "kd_balance.inner_step.register_update_rule of it, or set method='paper', which works "
             "with any."
+        )
+    plain_sgd = method == "paper" or step_derivative == "sgd"
+    if plain_sgd and any(group.get("lr", 0) is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"lr is None in a group of {full_name(type(optimizer))}, whose step was to be taken "
+            "for plain SGD's, expected a number: give it an lr and relative_step=False, or keep "
+            "method='online' and step_derivative='exact'."
         )
     if needs_formula and any(type(part) is torch.optim.Rprop for part in parts(optimizer)):
         warnings.warn(

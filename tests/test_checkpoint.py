@@ -156,6 +156,21 @@ def test_an_open_window_is_not_in_the_checkpoint_and_says_so(tmp_path):
         resumed.save(tmp_path / "checkpoint.pt")
 
 
+def test_a_state_put_back_within_a_window_closes_it_and_said_so():
+    """As what simulates a schedule on the loop's own optimizer does."""
+    settings = dict(unroll=4, every=4)
+    training = Training(**settings).run(0, 6)
+    sentence = "2 of 4 steps.*where the state is loaded, in this run or another"
+    with pytest.warns(UserWarning, match=sentence):
+        training.optimizer.load_state_dict(training.optimizer.state_dict())
+    training.run(6, 8)
+    expected = Training(**settings).run(0, 8)
+    assert training.optimizer.metrics["meta_updates"] == 2
+    assert relative_error(training.student.parameters(), expected.student.parameters()) == 0
+    own, others = (t.everything()["gradients"] for t in (training, expected))
+    assert relative_error(own, others) > 0
+
+
 def test_the_plain_optimizer_s_checkpoint_loads_with_a_warning(tmp_path):
     plain = Training(wrapped=False).run(0, 4)
     torch.save(plain.optimizer.state_dict(), tmp_path / "checkpoint.pt")

@@ -1,6 +1,7 @@
 """Long-tailed profiles, balanced splits and balanced batches."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,11 +14,24 @@ TARGETS = torch.arange(4).repeat_interleave(torch.tensor([9, 5, 7, 3]))
 INPUTS = torch.arange(len(TARGETS)).float().unsqueeze(1)
 
 
+class Column(Sequence):
+    """Read from somewhere else, one number at a time, as a column of a table on disk."""
+
+    def __init__(self, values):
+        self.values = [int(value) for value in values]
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+
 def batches(batch_size=6, seed=0):
     return BalancedBatches(INPUTS, TARGETS, batch_size, seed)
 
 
-@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, list, torch.Tensor.byte])
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, list, torch.Tensor.byte, Column])
 def test_targets_may_be_any_kind_of_sequence(kind):
     targets = kind(TARGETS)
     assert class_counts(targets).tolist() == [9, 5, 7, 3]

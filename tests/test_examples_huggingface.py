@@ -153,6 +153,7 @@ def test_its_logs_tell_of_the_meta_level(example, tmp_path):
     steps = [row for row in trainer.state.log_history if "loss" in row]
     assert ["meta_loss" in row for row in steps] == [False, True, True, True]
     assert all(0 < row["hard_weight"] < 1 and row["meta_loss"] > 0 for row in steps[1:])
+    assert all(row["skipped_updates"] == 0 for row in steps[1:])
     assert steps[1]["soft_weight"] == steps[2]["soft_weight"] != steps[3]["soft_weight"]
 
 

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kd_balance import MetaWeightNet, WeightedKDLoss
 from tests.habits import (
+    Lab,
     assert_differentiates,
     assert_leaves_what_the_plain_loop_leaves,
     assert_one_sentence,
@@ -289,6 +291,47 @@ def test_a_causal_language_model_needs_no_meta_forward(flat, copy, length):
     torch.testing.assert_close(lab.hypergradient, expected.hypergradient)
 
 
+def padded(flat):
+    """A causal language model's loop that fills the place of the label it has not."""
+
+    def loop(lab):
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(2):
+            tokens = torch.randint(CLASSES, (9, 6), generator=generator)
+            teacher_logits = torch.randn(9, 6, CLASSES, generator=generator).to(lab.dtype)
+            logits, labels = lab.called(tokens), moved(tokens)
+            if flat:
+                logits, teacher_logits = (z.reshape(-1, CLASSES) for z in (logits, teacher_logits))
+                labels = labels.reshape(-1)
+            lab.optimizer.zero_grad()
+            lab.criterion(logits, teacher_logits, labels).backward()
+            lab.optimizer.step()
+
+    return loop
+
+
+def moved(tokens):
+    return torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), -100)], 1)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_meta_labels_that_are_not_moved_as_the_loop_s_are_refused(flat):
+    tokens = tokens_of(6)
+    options = {"make": Language, "criterion": {"class_dim": -1}, "wrapped": True}
+    with pytest.raises(ValueError, match="moved by 1 place.*meta_forward=") as error:
+        trained(padded(flat), settings={"meta": [(tokens, tokens)]}, **options)
+    assert_one_sentence(error)
+    lab = trained(padded(flat), settings={"meta": [(tokens, moved(tokens))]}, **options)
+
+    def forward(student, batch):
+        return student(batch), moved(batch)
+
+    by_hand = {"meta": [tokens], "meta_forward": forward}
+    expected = trained(padded(flat), settings=by_hand, **options)
+    assert lab.hypergradient.abs().sum() > 0
+    torch.testing.assert_close(lab.hypergradient, expected.hypergradient)
+
+
 def test_labels_that_nobody_has_seen_whole_are_refused():
     """Whether the loop shifts them or cuts them alike is not known."""
 
@@ -308,6 +351,46 @@ def test_labels_that_nobody_has_seen_whole_are_refused():
 
 
 # refusals
+
+
+@pytest.mark.parametrize("known_by", ["bias", "meta_loss"])
+def test_a_teacher_of_a_lower_resolution_is_refused_by_both_shapes(known_by):
+    """Which the loop upsamples, as it does the student's output, but by another factor."""
+    counts = torch.ones(CLASSES, dtype=torch.long)
+    lab = Lab(make=Image, shape=(2, 4, 4), places=(8, 8))
+
+    def teacher(inputs):
+        return Image().double()(inputs[..., ::2, ::2])
+
+    settings = {"teacher": teacher, "meta_loss": "hard" if known_by == "bias" else "mix"}
+    long_tailed = known_by == "bias"
+    lab.criterion = (
+        WeightedKDLoss.long_tailed(counts) if long_tailed else WeightedKDLoss(MetaWeightNet())
+    )
+    shapes = {"bias": r"\(7, 8, 8\)", "meta_loss": r"\(7, 5, 8, 8\)"}
+    both = rf"teacher gave logits of shape \(7, 5, 2, 2\).*{shapes[known_by]}.*F.interpolate"
+    with pytest.raises(ValueError, match=both) as error:
+        lab.wrap(**settings)
+        for inputs, teacher_logits, labels in lab.batches(1):
+            logits = F.interpolate(lab.called(inputs), scale_factor=2)
+            lab.criterion(logits, teacher_logits, labels).backward()
+            lab.optimizer.step()
+    assert_one_sentence(error)
+
+
+def test_a_teacher_of_the_student_s_resolution_is_upsampled_with_it():
+    settings = {"meta_loss": "mix", "teacher": Image().double()}
+    options = {"make": Image, "shape": (2, 1, 1), "places": (2, 2), "settings": settings}
+    lab = trained(plain(1), wrapped=True, call=whole(lambda z: F.interpolate(z, scale_factor=2)),
+                  **options)
+    assert lab.hypergradient.abs().sum() > 0
+
+
+def test_a_mask_over_samples_is_refused_in_one_sentence():
+    call = first(lambda z: z[torch.arange(len(z)) >= 0][:, :CLASSES])
+    with pytest.raises(ValueError, match="to_logits=.*meta_forward=[.]$") as error:
+        trained(plain(1), wrapped=True, make=Wide, call=call)
+    assert_one_sentence(error)
 
 
 @pytest.mark.parametrize("every", [1, 4])

@@ -1,6 +1,7 @@
 """Optimizers beyond those that torch can differentiate: rules, several at once, copies nudged."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -102,6 +103,50 @@ def test_adafactor(name, steps, engine):
     )
 
 
+OF_TRANSFORMERS = {
+    "relative": {},
+    "warm-up": {"warmup_init": True, "weight_decay": 0.1},
+    "rate": {"lr": 0.05, "relative_step": False, "beta1": 0.9, "clip_threshold": 0.5},
+    "unscaled": {
+        "lr": 0.02, "relative_step": False, "scale_parameter": False, "weight_decay": 0.1,
+        "eps": (1e-3, 0.5),
+    },
+}
+
+
+@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_the_adafactor_of_transformers(name, steps, engine):
+    kind = pytest.importorskip("transformers.optimization").Adafactor
+    assert_differentiates(
+        plain(steps), steps=steps, rtol=1e-6, settings={"engine": engine},
+        optimizer=lambda params: kind(params, **OF_TRANSFORMERS[name]),
+    )
+
+
+def test_the_adafactor_of_transformers_in_float32():
+    kind = pytest.importorskip("transformers.optimization").Adafactor
+    assert_leaves_what_the_plain_loop_leaves(plain(4), optimizer=kind, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("settings", [{"method": "paper"}, {"step_derivative": "sgd"}])
+def test_a_step_taken_for_plain_sgd_s_needs_a_rate(settings):
+    kind = pytest.importorskip("transformers.optimization").Adafactor
+    with pytest.raises(ValueError, match="lr is None.*relative_step=False") as error:
+        Lab(optimizer=kind).wrap(**settings)
+    assert_one_sentence(error)
+
+
+def test_another_class_of_a_known_name_is_refused_by_its_full_name():
+    kind = type("Adafactor", (torch.optim.Adafactor,), {"__module__": "of.somebody"})
+    with pytest.raises(
+        ValueError, match="optimizer is of.somebody.Adafactor, .*torch.optim's .*step_derivative="
+    ) as error:
+        Lab(optimizer=kind).wrap()
+    assert_one_sentence(error)
+
+
 @MUON
 @pytest.mark.parametrize("engine", ["adjoint", "unroll"])
 @pytest.mark.parametrize("steps", [1, 4])
@@ -182,6 +227,42 @@ def test_a_parameter_in_two_optimizers_is_refused():
     with pytest.raises(ValueError, match="in one of them") as error:
         lab.wrap()
     assert_one_sentence(error)
+
+
+# every optimizer of torch
+
+RATES = {"SGD": 0.1, "Adadelta": 1.0, "ASGD": 0.05, "Adafactor": 0.05}
+REFUSED = {"LBFGS": "computes the loss several times.*method='paper'", "SparseAdam": "sparse=False"}
+KINDS = [
+    name for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name != "Optimizer"
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_optimizer_of_torch_is_right_or_refused(name, monkeypatch):
+    def make(params):
+        return getattr(torch.optim, name)(params, lr=RATES.get(name, 0.01))
+
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]) as error:
+            Lab(optimizer=make).wrap()
+        assert_one_sentence(error)
+        return
+    unrounded(monkeypatch)
+    warns = pytest.warns(match="derivative is zero") if name == "Rprop" else nullcontext()
+    with warns:
+        assert_differentiates(
+            plain(4), steps=4, rtol=1e-5, optimizer=muon_and_adamw if name == "Muon" else make
+        )
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"method": "paper"}, {"method": "lookahead"}, {"step_derivative": "finite_difference"},
+])
+def test_sparse_adam_is_refused_with_the_way_out_whatever_the_method(settings):
+    with pytest.raises(ValueError, match="SparseAdam.*sparse gradients alone.*sparse=False"):
+        Lab(optimizer=torch.optim.SparseAdam).wrap(**settings)
 
 
 # rules of one's own

@@ -45,8 +45,6 @@ class BalancedDistiller(Distiller):
             counts, temperature=T, alpha=(2, 5), class_dim=-1  # kd-balance
         )  # kd-balance
         self.lm_loss_fct = self.weighted  # kd-balance
-        # padding may stand for a word, and its embedding is tied to the output: no rule of its own
-        self.student.get_input_embeddings().padding_idx = None  # kd-balance
         meta = [self.meta_batch(part) for part in torch.tensor(meta_words).split(16)]  # kd-balance
         self.optimizer = BilevelOptimizer(  # kd-balance
             self.optimizer, self.student, self.criterion, meta, teacher=self.teacher,  # kd-balance

@@ -20,11 +20,12 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from kd_balance.replay.fused_rules import FusedRules, make_dual
 from kd_balance.inner_step import InnerStep, Slots
 from kd_balance.invariants import Invariants
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
+from kd_balance.replay import LoopBackward
+from kd_balance.replay.fused_rules import FusedRules, make_dual
 
 
 class Adjoint:
@@ -259,7 +260,7 @@ def _double_backward(
     """The same products as derivatives of ⟨λ, gradient⟩, through a graph of the gradient."""
     leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
     weights = call.weights.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), LoopBackward():
         outputs = call.replay(leaves)
         losses = call.losses(criterion, outputs)
         invariants.replayed(*call.replayed(outputs, losses))

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from kd_balance.inner_step import DifferentiableTorchOptimizer, InnerStep, State
 from kd_balance.invariants import Invariants
 from kd_balance.loss import WeightedKDLoss
+from kd_balance.replay import LoopBackward
 
 
 class Unroll:
@@ -52,8 +53,9 @@ class Unroll:
                 # a gradient that a backward pass did not reach is not what an earlier step left
                 resting = params
                 params = {name: param.view_as(param) for name, param in params.items()}
-                loss = _training_loss(criterion, step, params, resting, invariants)
-                _take(step, loss, params, states, invariants)
+                with LoopBackward():
+                    loss = _training_loss(criterion, step, params, resting, invariants)
+                    _take(step, loss, params, states, invariants)
             loss = meta_loss(params)
         hypergradient = torch.autograd.grad(
             loss, criterion.phi, allow_unused=True, materialize_grads=True

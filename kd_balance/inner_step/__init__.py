@@ -7,7 +7,12 @@ from kd_balance.inner_step.differentiable import (
     is_differentiable,
 )
 from kd_balance.inner_step.own_step import StepCopy, predicted, runs_unhooked
-from kd_balance.inner_step.rules import State, known_optimizers, register_update_rule
+from kd_balance.inner_step.rules import (
+    State,
+    full_name,
+    known_optimizers,
+    register_update_rule,
+)
 from kd_balance.inner_step.step import InnerStep
 from kd_balance.inner_step.update import GroupUpdate, Slots, Update
 
@@ -21,6 +26,7 @@ __all__ = [
     "StepCopy",
     "Update",
     "differentiable_step",
+    "full_name",
     "is_differentiable",
     "known_optimizers",
     "predicted",

@@ -58,12 +58,17 @@ def register_update_rule(kind: type[Optimizer], rule: UpdateRule) -> None:
 
 def update_rule(kind: type[Optimizer]) -> UpdateRule | None:
     """The rule of a class of optimizers; None if there is none."""
-    return _RULES.get(kind)
+    return _RULES.get(kind) or _OF_OTHERS.get(full_name(kind))
 
 
-def known_optimizers() -> list[type[Optimizer]]:
-    """The classes that have a rule."""
-    return list(_RULES)
+def full_name(kind: type[Optimizer]) -> str:
+    """Of a class, whose bare name may be that of another optimizer too."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def known_optimizers() -> list[str]:
+    """The full names of the classes that have a rule."""
+    return [*map(full_name, _RULES), *_OF_OTHERS]
 
 
 def _adafactor(
@@ -98,6 +103,42 @@ def _adafactor(
     return decayed - alpha / length.clamp(min=1.0) * update, new
 
 
+def _transformers_adafactor(
+    options: Mapping[str, Any], param: Tensor, grad: Tensor, state: State
+) -> tuple[Tensor, State]:
+    """``transformers.optimization.Adafactor``.
+
+    Source: Shazeer and Stern, "Adafactor", 2018.
+    """
+    step = int(state["step"]) + 1 if state else 1
+    rate: Any = options["lr"]
+    if options["relative_step"]:
+        rate = min(1e-6 * step if options["warmup_init"] else 1e-2, step**-0.5)
+    if options["scale_parameter"]:
+        size = param.norm() / math.sqrt(param.numel())
+        rate = rate * size.clamp(min=options["eps"][1])
+    new: State = {"step": step}
+    fresh = step ** options["decay_rate"]
+
+    def average(key: str, now: Tensor, share: float) -> Tensor:
+        new[key] = torch.lerp(state.get(key, torch.zeros_like(now)), now, share)
+        return new[key]
+
+    square = grad.square() + options["eps"][0]
+    if grad.dim() > 1:
+        row = average("exp_avg_sq_row", square.mean(-1), fresh)
+        col = average("exp_avg_sq_col", square.mean(-2), fresh)
+        row = row / row.mean(-1, keepdim=True)
+        update = row.rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2) * grad
+    else:
+        update = average("exp_avg_sq", square, fresh).rsqrt() * grad
+    length = update.norm() / math.sqrt(update.numel())
+    update = update / (length / options["clip_threshold"]).clamp(min=1.0) * rate
+    if options["beta1"] is not None:
+        update = average("exp_avg", update, 1 - options["beta1"])
+    return param - options["weight_decay"] * rate * param - update, new
+
+
 def _muon(
     options: Mapping[str, Any], param: Tensor, grad: Tensor, state: State
 ) -> tuple[Tensor, State]:
@@ -130,6 +171,11 @@ def _orthogonalised(matrix: Tensor, options: Mapping[str, Any]) -> Tensor:
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
+
+_OF_OTHERS: dict[str, UpdateRule] = {
+    "transformers.optimization.Adafactor": _transformers_adafactor,
+}
+"""By the full names of classes that are not imported for it."""
 
 register_update_rule(torch.optim.Adafactor, _adafactor)
 if hasattr(torch.optim, "Muon"):

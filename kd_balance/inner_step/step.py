@@ -11,6 +11,7 @@ from torch import Tensor
 from kd_balance.inner_step.update import Update
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
+from kd_balance.replay import LoopBackward
 
 
 @dataclass
@@ -44,8 +45,8 @@ class InnerStep:
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
         for call in self.calls:
             mapped = call.part_of(leaves, self.ids)
-            with torch.enable_grad():
+            with torch.enable_grad(), LoopBackward():
                 losses = call.losses(criterion, call.replay({**params, **mapped}))
                 result = criterion.combine(losses, call.weights, call.kept, call.targets)
-            torch.autograd.backward(result, call.upstream, inputs=list(mapped.values()))
+                torch.autograd.backward(result, call.upstream, inputs=list(mapped.values()))
         return {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}

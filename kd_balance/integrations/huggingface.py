@@ -16,8 +16,9 @@ class BilevelTrainer(Trainer):
     """A Trainer whose optimizer also trains the weight net of `criterion`.
 
     Subclass it in the place of Trainer, and let ``compute_loss`` call ``self.criterion`` on the
-    logits of ``model``. Its logs gain ``meta_loss``, ``hypergradient_norm``, ``hard_weight`` and
-    ``soft_weight``; its checkpoints hold the weight net within the optimizer's state.
+    logits of ``model``. Its logs gain the ``metrics`` of the optimizer, such as ``meta_loss``,
+    ``hard_weight``, ``soft_weight`` and ``skipped_updates``; its checkpoints hold the weight net
+    within the optimizer's state.
 
     Args:
         *args, **kwargs: those of Trainer. An optimizer in ``optimizers=`` is wrapped too.
@@ -77,6 +78,5 @@ class BilevelTrainer(Trainer):
         if "loss" in logs and self.bilevel_optimizer is not None:
             metrics = self.bilevel_optimizer.metrics
             if metrics["meta_updates"]:
-                counters = ("meta_updates", "skipped_updates")
-                logs = {**logs, **{k: v for k, v in metrics.items() if k not in counters}}
+                logs = {**logs, **{k: v for k, v in metrics.items() if k != "meta_updates"}}
         super().log(logs, *args, **kwargs)

@@ -5,8 +5,8 @@ batch it is read off the graph and repeated (:class:`Retraced`), and its labels 
 (:class:`Alignment`).
 """
 
-from kd_balance.logits.labels import Alignment
+from kd_balance.logits.labels import Alignment, Unlike, places_behind
 from kd_balance.logits.recorded import Recorded
 from kd_balance.logits.retraced import Edge, Retraced, Untraceable
 
-__all__ = ["Alignment", "Edge", "Recorded", "Retraced", "Untraceable"]
+__all__ = ["Alignment", "Edge", "Recorded", "Retraced", "Unlike", "Untraceable", "places_behind"]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd_balance.logits.retraced import Retraced
+
+
+class Unlike(ValueError):
+    """A meta batch that cannot be treated as the loop treats its own; in a whole sentence."""
 
 
 class Alignment:
@@ -74,21 +79,46 @@ class Alignment:
             shape: of the student's output.
 
         Raises:
-            ValueError: it is not known which ones.
+            Unlike: it is not known which ones.
         """
         if targets.shape != _grid(function, shape):
-            raise ValueError(
+            raise Unlike(
                 f"labels of shape {tuple(targets.shape)} for an output of shape {tuple(shape)}, "
                 "expected one for each position: pass meta_forward=."
             )
         if self.shift is None:
-            raise ValueError(
+            raise Unlike(
                 "the loop cut the logits, and its targets are no part of the labels or inputs that "
                 "the student was called with, expected to see how labels are cut: pass "
                 "meta_forward=."
             )
         places = function.positions(shape).to(targets.device)
         return targets.flatten()[places + self.shift]
+
+
+def places_behind(targets: Tensor, inputs: Iterable[Any], ignore_index: int) -> int | None:
+    """How many places behind the inputs targets are that are made of them: 0, 1, −1.
+
+    Args:
+        targets: class indices, as many as one of the inputs has numbers.
+        inputs: what the student was called with.
+        ignore_index: targets that may be anything.
+
+    Returns:
+        None for targets that are made of something else.
+    """
+    if targets.is_floating_point():
+        return None
+    targets = targets.flatten()
+    kept = targets != ignore_index
+    for whole in inputs:
+        if not isinstance(whole, Tensor) or whole.is_floating_point() or whole.dim() < 2:
+            continue
+        for places in (0, 1, -1) if whole.numel() == len(targets) else ():
+            moved = whole.roll(-places, -1).flatten().to(targets)
+            if kept.any() and torch.equal(moved[kept], targets[kept]):
+                return places
+    return None
 
 
 def _grid(function: Retraced, shape: torch.Size) -> torch.Size:

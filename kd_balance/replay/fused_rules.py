@@ -100,7 +100,7 @@ def _batch_norm(
         return _torchs["batch_norm"](
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    parts = [_unpacked(tensor) for tensor in (input, weight, bias)]
+    parts = [unpacked(tensor) for tensor in (input, weight, bias)]
     (x, dx), (scale, dscale), (shift, dshift) = parts
     if dx is None and dscale is None and dshift is None:
         if _adds_up_one_by_one(input):
@@ -117,7 +117,7 @@ def _batch_norm(
     return _torchs["batch_norm"](input, None, None, weight, bias, True, momentum, eps)
 
 
-def _unpacked(tensor: Tensor | None) -> tuple[Any, Tensor | None]:
+def unpacked(tensor: Tensor | None) -> tuple[Any, Tensor | None]:
     """Primal and tangent; forward_ad's own function takes several times as long."""
     if tensor is None or fwAD._current_level < 0:
         return tensor, None
@@ -218,7 +218,7 @@ def _gradients(
     s (g − a − x̂ b), s = γ r. For tangents, let m = mean ẋ and c = mean(x̂ ẋ): then ṙ = −r² c, the
     tangent of x̂ is r (ẋ − m − x̂ c), and that of the whole is affine in g, ġ, ẋ and x.
     """
-    (x, dx), (g, dg), (scale, dscale) = map(_unpacked, (x, gradient, scale))
+    (x, dx), (g, dg), (scale, dscale) = map(unpacked, (x, gradient, scale))
     of_x, along, total = _gradients_of_values(g, x, scale, mean, inverse_std)
     if dx is None or dg is None:
         return of_x, along, total
@@ -339,7 +339,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     rules = _thread.rules
     if rules is None or not rules.tangents or torch.is_grad_enabled():
         return linear(input, weight, bias)
-    (x, dx), (w, dw), (b, db) = map(_unpacked, (input, weight, bias))
+    (x, dx), (w, dw), (b, db) = map(unpacked, (input, weight, bias))
     if dx is None or dw is None:
         return linear(input, weight, bias)
     y, dy = linear(x, w, b), linear(x, dw, db)
@@ -360,7 +360,7 @@ def _conv2d(
         or input.device.type != "cpu" or input.dim() != 4
     ):
         return conv2d(input, weight, bias, *args, **kwargs)
-    (x, dx), (w, dw), (b, db) = map(_unpacked, (input, weight, bias))
+    (x, dx), (w, dw), (b, db) = map(unpacked, (input, weight, bias))
     if dx is None or dw is None:
         return conv2d(input, weight, bias, *args, **kwargs)
     y, dy = conv2d(x, w, b, *args, **kwargs), conv2d(x, dw, db, *args, **kwargs)
@@ -396,7 +396,7 @@ def _attention(
     rules = _thread.rules
     plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa)
     if rules is not None and rules.tangents and plain and not torch.is_grad_enabled():
-        q, dq = _unpacked(query)
+        q, dq = unpacked(query)
         if dq is not None:
             scale = q.shape[-1] ** -0.5 if scale is None else scale
             query = make_dual(q * scale, dq * scale)

@@ -14,6 +14,8 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
+from kd_balance.replay.embedding import differentiable_embeddings
+
 
 @contextmanager
 def differentiable_operators(modules: Sequence[nn.Module]) -> Iterator[None]:
@@ -31,6 +33,7 @@ def differentiable_operators(modules: Sequence[nn.Module]) -> Iterator[None]:
                 stack.enter_context(plain_recurrence())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(differentiable_embeddings(modules))
             if _has_weight_norm(modules):
                 stack.enter_context(_PlainWeightNorm())
             yield
