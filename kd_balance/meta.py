@@ -127,6 +127,11 @@ class MetaObjective:
                 f"meta_loss is {kind!r} and teacher is None, expected a callable from meta inputs "
                 "to teacher logits: pass teacher=."
             )
+        if kind in ("mix", "soft") and criterion.teachers is not None:
+            raise ValueError(
+                f"meta_loss is {kind!r} and the criterion has the teachers {criterion.teachers}, "
+                "expected one teacher for it: use 'hard' or a callable."
+            )
         self.kind = kind
         self._student = student
         self._criterion = criterion
@@ -178,7 +183,8 @@ class MetaObjective:
         self, training: CriterionCall, output: Any, teacher_logits: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logits and labels of a meta batch, made as the loop makes those of its own batches."""
-        function, picked = training.retraced, [out.pick(output) for out in training.outputs]
+        function = training.logits.retraced
+        picked = [out.pick(output) for out in training.of_logits]
         if function is None:
             return picked[0], teacher_logits, targets
         if isinstance(function, Untraceable):
@@ -187,7 +193,7 @@ class MetaObjective:
                 "a meta batch is not known: pass to_logits=, the function from the student's "
                 "output to the logits, or meta_forward=."
             )
-        if len({id(out.call) for out in training.outputs}) > 1:
+        if len({id(out.call) for out in training.of_logits}) > 1:
             raise ValueError(
                 "the loop makes the logits of several calls of the student, which a meta batch "
                 "has no inputs for: pass meta_forward=."
@@ -200,7 +206,7 @@ class MetaObjective:
             return logits, teacher_logits, targets
         given = leaves_of((training.student_call.args, training.student_call.kwargs))
         candidates = [x for x in given if isinstance(x, Tensor)]
-        was = training.outputs[0].value.shape
+        was = training.of_logits[0].value.shape
         self._alignment.look(function, was, training.targets, candidates)
         return logits, teacher_logits, self._alignment.of(targets, function, shape)
 
@@ -298,7 +304,7 @@ class MetaObjective:
                     )
             if self.kind in ("soft", "mix"):
                 assert teacher_logits is not None
-                soft = criterion.losses(logits, teacher_logits, targets)[:, 1]
+                soft = criterion.soft_losses(logits, teacher_logits, targets)
                 kept = criterion.kept(targets)
                 if kept is None:
                     loss = loss + soft.mean()
