@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from kd_balance.chunks import by_chunks
 from kd_balance.hard_losses import BalancedSoftmax, cross_entropy
 from kd_balance.soft_losses import temperature_kl
 from kd_balance.teacher_bias import prior_bias
@@ -330,7 +331,7 @@ class WeightedKDLoss(nn.Module):
     ) -> Tensor:
         """[N], the soft losses alone, of the one teacher."""
         with _without_autocast(student_logits.device):
-            return self._soft(self._flatten(student_logits, teacher_logits, targets), "soft")
+            return self._of_logits(self._flatten(student_logits, teacher_logits, targets))[:, 1]
 
     @property
     def weights(self) -> Tensor:
@@ -520,32 +521,48 @@ class WeightedKDLoss(nn.Module):
 
     def _losses(self, flat: _Flat, terms: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """[N, K], and what counts: [N] or, where some samples lack a term, [N, K]."""
-        columns = [self._hard(flat), *(self._soft(flat, name) for name in flat.teachers)]
+        losses = self._of_logits(flat)
         there = flat.known
         if self.terms or terms:
             more, masks = self._more(flat, terms)
-            columns, there = columns + more, {**there, **masks}
-        kept = flat.kept
-        if there:
-            all_of = torch.ones_like(columns[0], dtype=torch.bool) if kept is None else kept
-            masked = [there[n] & all_of if n in there else all_of for n in self.names]
-            kept = torch.stack(masked, dim=1)
-        return torch.stack(columns, dim=1), kept
+            losses = torch.cat((losses, *(column.unsqueeze(1) for column in more)), dim=1)
+            there = {**there, **masks}
+        if not there:
+            return losses, flat.kept
+        everywhere = torch.ones_like(losses[:, 0], dtype=torch.bool)
+        kept = torch.stack([there.get(name, everywhere) for name in self.names], dim=1)
+        losses = torch.where(kept, losses, 0.0)
+        return losses, kept if flat.kept is None else kept & flat.kept.unsqueeze(1)
 
-    def _hard(self, flat: _Flat) -> Tensor:
+    def _of_logits(self, flat: _Flat) -> Tensor:
+        """[N, 1 + T], the hard loss and the teachers' soft losses."""
         hard_loss = self.hard_loss or cross_entropy
-        return _checked("hard_loss", hard_loss(flat.student, flat.targets), flat)
+        soft_losses = [self._soft_loss_of(name) for name in flat.teachers]
 
-    def _soft(self, flat: _Flat, name: str) -> Tensor:
-        teacher, soft_loss = flat.teachers[name], self.soft_loss
-        if isinstance(soft_loss, Mapping):
-            soft_loss = soft_loss.get(name)
-        if soft_loss is None:
-            soft = temperature_kl(flat.student, teacher, self.temperature)
-        else:
-            labels = (flat.targets,) if getattr(soft_loss, "needs_targets", False) else ()
-            soft = _checked("soft_loss", soft_loss(flat.student, teacher, *labels), flat)
-        return torch.where(flat.known[name], soft, 0.0) if name in flat.known else soft
+        def losses(student: Tensor, targets: Tensor, *teachers: Tensor) -> Tensor:
+            columns = [_checked("hard_loss", hard_loss(student, targets), student)]
+            for soft_loss, teacher in zip(soft_losses, teachers, strict=True):
+                soft = soft_loss(student, teacher, targets)
+                columns.append(_checked("soft_loss", soft, student))
+            return torch.stack(columns, dim=1)
+
+        own = (self.hard_loss, *(self._own_soft_loss(name) for name in flat.teachers))
+        row_by_row = all(loss is None or getattr(loss, "by_rows", False) for loss in own)
+        given = flat.student, flat.targets, *flat.teachers.values()
+        return by_chunks(losses, *given) if row_by_row else losses(*given)
+
+    def _own_soft_loss(self, name: str) -> SoftLoss | None:
+        own = self.soft_loss
+        return own.get(name) if isinstance(own, Mapping) else own
+
+    def _soft_loss_of(self, name: str) -> SoftLoss:
+        """Of student and teacher logits and targets, with the settings of now."""
+        own, temperature = self._own_soft_loss(name), self.temperature
+        if own is None:
+            return lambda student, teacher, _: temperature_kl(student, teacher, temperature)
+        if getattr(own, "needs_targets", False):
+            return own
+        return lambda student, teacher, _: own(student, teacher)
 
     def _more(
         self, flat: _Flat, given: Mapping[str, Any]
@@ -596,11 +613,11 @@ def _wide(value: Any) -> Any:
     return value.float() if half else value
 
 
-def _checked(name: str, loss: Tensor, flat: _Flat) -> Tensor:
-    if loss.shape != flat.student.shape[:1]:
+def _checked(name: str, loss: Tensor, student: Tensor) -> Tensor:
+    if loss.shape != student.shape[:1]:
         raise ValueError(
-            f"{name} returned shape {tuple(loss.shape)}, expected ({len(flat.student)},): return "
-            "one loss for each sample, without reduction."
+            f"{name} returned shape {tuple(loss.shape)}, expected ({len(student)},): return one "
+            "loss for each sample, without reduction."
         )
     return loss
 

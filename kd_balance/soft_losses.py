@@ -1,7 +1,8 @@
 """Soft losses, to take the temperature KL's place in ``WeightedKDLoss``.
 
 Each maps (student_logits [N, C], teacher_logits [N, C]) to one loss a sample, [N]. A class whose
-logit is −∞ in both, as those that pad a vocabulary, has no part in it.
+logit is −∞ in both, as those that pad a vocabulary, has no part in it. A true attribute ``by_rows``
+says that a sample's loss is of its own logits alone: large logits are then looked at in chunks.
 :class:`DecoupledKD` also needs the targets, because it treats the label's class apart.
 """
 
@@ -33,6 +34,8 @@ class FlattenedKL(nn.Module):
     the virtual examples' power normalisation, 0.5 in the paper.
     """
 
+    by_rows = True
+
     def __init__(self, temperature: float = 4.0, power: float = 0.5) -> None:
         super().__init__()
         self.temperature = _positive("temperature", temperature)
@@ -63,6 +66,7 @@ class BalancedKL(nn.Module):
     the weights are those of Cui et al. 2019, eq. 2.
     """
 
+    by_rows = True
     log_weight: Tensor
 
     def __init__(
@@ -98,6 +102,7 @@ class DecoupledKD(nn.Module):
     Source: Zhao et al., "Decoupled Knowledge Distillation", 2022, eq. 7.
     """
 
+    by_rows = True
     needs_targets = True
 
     def __init__(

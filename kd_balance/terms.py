@@ -67,7 +67,7 @@ def fixed_weights(
 def per_sample(
     name: str, value: Any, positions: Sequence[int], like: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """A term's losses [N], 0 where it has none, and where it has some, None for everywhere.
+    """A term's losses [N], and which samples have it; None for all.
 
     Args:
         name: of the term.
@@ -87,10 +87,7 @@ def per_sample(
         )
     losses = losses.to(like.dtype)
     losses = losses.expand(like.numel()) if losses.dim() == 0 else losses.reshape(-1)
-    if there is None:
-        return losses, None
-    there = mask(name, there, positions)
-    return torch.where(there, losses, 0.0), there
+    return losses, None if there is None else mask(name, there, positions)
 
 
 def mask(name: str, there: Tensor, positions: Sequence[int]) -> Tensor:

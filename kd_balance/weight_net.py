@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_balance.chunks import by_chunks
 from kd_balance.hard_losses import cross_entropy, log_prior
 from kd_balance.soft_losses import kl_divergence
 
@@ -117,16 +118,14 @@ def compute_features(
         for feature in features:
             teacher: Any = teacher_logits
             if not isinstance(feature, str):
-                function = feature
+                column = feature(student_logits, teacher, targets)
             elif feature in losses:
-                columns.append(losses[feature])
-                continue
+                column = losses[feature]
             else:
                 name, _, last = feature.rpartition(".")
-                function = FEATURES[last]
-                if name or (isinstance(teacher, Mapping) and not last.startswith("student")):
-                    teacher = _of_teacher(name, last, teacher)
-            column = function(student_logits, teacher, targets)
+                if name or isinstance(teacher, Mapping):
+                    teacher = _of_teacher(name, last, teacher, student_logits)
+                column = by_chunks(FEATURES[last], student_logits, teacher, targets)
             if column.shape != student_logits.shape[:1]:
                 raise ValueError(
                     f"feature {feature!r} returned shape {tuple(column.shape)}, expected "
@@ -136,9 +135,13 @@ def compute_features(
         return torch.stack(columns, dim=1)
 
 
-def _of_teacher(name: str, feature: str, teachers: Tensor | Mapping[str, Tensor]) -> Tensor:
+def _of_teacher(
+    name: str, feature: str, teachers: Tensor | Mapping[str, Tensor], student: Tensor
+) -> Tensor:
     if isinstance(teachers, Mapping) and name in teachers:
         return teachers[name]
+    if not name and feature.startswith("student"):
+        return student  # which has no part in it
     names = ", ".join(teachers) if isinstance(teachers, Mapping) else "one without a name"
     raise ValueError(
         f"feature {f'{name}.{feature}'.lstrip('.')!r} is of a teacher and there are: {names}; "
