@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**21  # numbers: 8 MiB in float32, and some ten times that on the way
+CPU_CHUNK = 2**18  # numbers, which stay in a cache
+CHUNK = 2**23  # elsewhere, where every chunk costs its launches
 
 Rows = Callable[..., Tensor]
 """Of [n, C] and others of n rows -> [n, …], each row from its own rows alone."""
@@ -29,7 +30,7 @@ def by_chunks(function: Rows, logits: Tensor, *others: Tensor) -> Tensor:
         logits: [N, C].
         others: N rows each.
     """
-    if logits.numel() <= CHUNK:
+    if logits.numel() <= _size(logits):
         return function(logits, *others)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _Value.apply(function, logits, *others)
@@ -37,8 +38,12 @@ def by_chunks(function: Rows, logits: Tensor, *others: Tensor) -> Tensor:
 
 
 def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    size = max(1, CHUNK // logits.shape[1])
-    return zip(*(tensor.split(size) for tensor in (logits, *others)), strict=True)
+    count = max(1, _size(logits) // logits.shape[1])
+    return zip(*(tensor.split(count) for tensor in (logits, *others)), strict=True)
+
+
+def _size(logits: Tensor) -> int:
+    return CPU_CHUNK if logits.device.type == "cpu" else CHUNK
 
 
 class _Value(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -33,7 +33,8 @@ class Output:
     call: StudentCall
     pick: Callable[[Any], Tensor]
     """Out of all that the call returned."""
-    value: Tensor
+    value: Tensor | None
+    """What it held, as long as a replay is to be compared with it."""
     version: int
 
     @classmethod
@@ -41,9 +42,10 @@ class Output:
         return cls(call, lambda output: leaves_of(output)[index], value.detach(), value._version)
 
     @property
-    def unwritten(self) -> bool:
-        """Whether the loop has not written to it in place."""
-        return self.value._version == self.version
+    def unwritten(self) -> Tensor | None:
+        """What it held, where that is known and the loop has not written to it in place."""
+        value = self.value
+        return value if value is not None and value._version == self.version else None
 
 
 @dataclass
@@ -110,11 +112,14 @@ class CriterionCall:
         self, outputs: Sequence[Tensor], losses: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What a replay gave beside what was recorded."""
-        made = [self.logits, *(x for x in tree_leaves(self.terms) if isinstance(x, Made))]
-        if all(tensor.retraced is None for tensor in made):
+        if not self.is_recorded:
             return [losses], [self.recorded_losses]
-        pairs = [(o, out.value) for o, out in zip(outputs, self.outputs) if out.unwritten]
-        return [losses, *(o for o, _ in pairs)], [self.recorded_losses, *(v for _, v in pairs)]
+        pairs = zip(outputs, (output.unwritten for output in self.outputs), strict=True)
+        known = [(output, value) for output, value in pairs if value is not None]
+        return (
+            [losses, *(output for output, _ in known)],
+            [self.recorded_losses, *(value for _, value in known)],
+        )
 
     def check_versions(self) -> None:
         """Looks for writes; waits for nothing.
@@ -129,6 +134,12 @@ class CriterionCall:
                     "pass, expected its values until the hypergradient is computed: give the "
                     "student and the criterion a copy, .clone(), of a buffer that is used again."
                 )
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether something is made of the outputs that replays would give whatever these are."""
+        made = [self.logits, *(x for x in tree_leaves(self.terms) if isinstance(x, Made))]
+        return any(isinstance(tensor.function, Recorded) for tensor in made)
 
     def part_of(
         self, by_name: Mapping[str, Tensor], ids: Mapping[str, int]
@@ -274,6 +285,7 @@ class Recorder:
         if recording.complaint is not None:
             self.forget()
             raise recording.complaint
+        self._let_go()
         return recording
 
     @property
@@ -283,9 +295,13 @@ class Recorder:
 
     def forget(self) -> None:
         """Begins a new step."""
+        self._let_go()
+        self._forget()
+
+    def _let_go(self) -> None:
+        """Empties what the loop's graphs keep, which may outlive the step."""
         for kept in self._kept:
             kept.call = None
-        self._forget()
 
     def gradients_cleared(self) -> None:
         """Forgets the calls whose gradients are gone."""
@@ -462,7 +478,7 @@ class Recorder:
             terms[name] = tree_map(partial(self._given_to, name, outputs), given)
         for call in {id(output.call): output.call for output in outputs}.values():
             self._check_arguments(call)
-        return CriterionCall(
+        made = CriterionCall(
             outputs,
             logits,
             tree_map(_detached, teacher_logits),
@@ -475,6 +491,9 @@ class Recorder:
             result,
             _versions(outputs, teacher_logits, targets, terms),
         )
+        if not made.is_recorded:  # the logits' memory is the loop's to free
+            made.outputs = [replace(output, value=None) for output in outputs]
+        return made
 
     def _check_arguments(self, call: StudentCall) -> None:
         """Refuses arguments that are themselves made of the student's parameters."""
@@ -534,9 +553,11 @@ class Recorder:
         places, dtype = [at[id(output)] for output in found.values()], tensor.dtype
         node: Any = tensor.grad_fn
         number = tensor.output_nr
+        value = outputs[places[0]].value
+        assert value is not None
         while (node, number) not in found and node.name() == "ToCopyBackward0":
             node, number = node.next_functions[0]
-        if (node, number) in found and tensor.device == outputs[places[0]].value.device:
+        if (node, number) in found and tensor.device == value.device:
             return Made(places, lambda y: y.to(dtype), None)
         try:
             recorded = Recorded(tensor, [GradientEdge(*edge) for edge in found])

@@ -187,6 +187,7 @@ def _forward_mode(
             [output.detach() for output in outputs],
             [torch.zeros_like(o) if t is None else t.detach() for o, t in zip(outputs, tangents)],
             invariants,
+            with_curvature,
         )
         if with_curvature:
             trained = [i for i, output in enumerate(dual_outputs) if output.requires_grad]
@@ -209,6 +210,7 @@ def _loss_tangents(
     outputs: list[Tensor],
     direction: list[Tensor],
     invariants: Invariants,
+    with_curvature: bool,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """In a direction of the outputs, the derivatives of the losses and of the outputs' gradients.
 
@@ -217,8 +219,8 @@ def _loss_tangents(
     and KL in Python.
 
     Returns:
-        The tangents of the losses [N, K]; of every output the gradient of the result by it, and
-        that gradient's tangent.
+        The tangents of the losses [N, K]; with curvature, of every output the gradient of the
+        result by it, and that gradient's tangent.
     """
     with torch.enable_grad():
         for output in outputs:
@@ -226,12 +228,12 @@ def _loss_tangents(
         losses = call.losses(criterion, outputs)
         invariants.replayed(*call.replayed(outputs, losses))
         start = _by_losses(criterion, call, losses).requires_grad_()
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             losses, outputs, start, create_graph=True, allow_unused=True
         )
-        gradients, along = zip(*((g, d) for g, d in zip(found, direction) if g is not None))
-        by_start, *by_outputs = torch.autograd.grad(
-            gradients, (start, *outputs), along, allow_unused=True
+        used, along = zip(*((g, d) for g, d in zip(gradients, direction) if g is not None))
+        by_start, *tangents = torch.autograd.grad(
+            used, (start, *outputs) if with_curvature else (start,), along, allow_unused=True
         )
 
     def known(of: Tensor | None, output: Tensor) -> Tensor:
@@ -239,7 +241,7 @@ def _loss_tangents(
 
     return by_start, [  # losses that are linear in the outputs have no second derivative
         (known(gradient, output), known(tangent, output))
-        for gradient, tangent, output in zip(found, by_outputs, outputs, strict=True)
+        for gradient, tangent, output in zip(gradients, tangents, outputs)
     ]
 
 
