@@ -36,10 +36,16 @@ class Output:
     value: Tensor | None
     """What it held, as long as a replay is to be compared with it."""
     version: int
+    shape: torch.Size
+    device: torch.device
 
     @classmethod
     def leaf(cls, call: StudentCall, index: int, value: Tensor) -> Output:
-        return cls(call, lambda output: leaves_of(output)[index], value.detach(), value._version)
+        return cls.of(call, lambda output: leaves_of(output)[index], value)
+
+    @classmethod
+    def of(cls, call: StudentCall, pick: Callable[[Any], Tensor], value: Tensor) -> Output:
+        return cls(call, pick, value.detach(), value._version, value.shape, value.device)
 
     @property
     def unwritten(self) -> Tensor | None:
@@ -533,32 +539,39 @@ class Recorder:
                     "is given, expected one: leave to_logits out."
                 )
             (call,), dtype = calls.values(), logits.dtype
-            outputs.append(Output(call, self._to_logits, logits.detach(), logits._version))
+            outputs.append(Output.of(call, self._to_logits, logits))
             return Made([len(outputs) - 1], lambda z: z.to(dtype), None)
-        made = self._made_of("student_logits", logits, found, outputs)
-        if made.retraced is not None:
-            root: Edge = logits.grad_fn, logits.output_nr
-            try:
-                made.retraced = Retraced(root, list(found), self._criterion.class_dim)
-            except Untraceable as reason:
-                made.retraced = reason
-        return made
+        return self._made_of(
+            "student_logits", logits, found, outputs, class_dim=self._criterion.class_dim
+        )
 
     def _made_of(
-        self, name: str, tensor: Tensor, found: Mapping[Edge, Output], outputs: list[Output]
+        self, name: str, tensor: Tensor, found: Mapping[Edge, Output], outputs: list[Output],
+        class_dim: int | None = None,
     ) -> Made:
-        """How a tensor was made of outputs found in its graph; adds them to those known."""
+        """How a tensor was made of outputs found in its graph; adds them to those known.
+
+        Args:
+            class_dim: of what has to be made of a meta batch too.
+        """
         outputs += [out for out in found.values() if all(out is not known for known in outputs)]
         at = {id(output): i for i, output in enumerate(outputs)}
         places, dtype = [at[id(output)] for output in found.values()], tensor.dtype
-        node: Any = tensor.grad_fn
-        number = tensor.output_nr
-        value = outputs[places[0]].value
-        assert value is not None
+        root: Edge = tensor.grad_fn, tensor.output_nr
+        node, number = root
         while (node, number) not in found and node.name() == "ToCopyBackward0":
             node, number = node.next_functions[0]
-        if (node, number) in found and tensor.device == value.device:
+        if (node, number) in found and tensor.device == found[node, number].device:
             return Made(places, lambda y: y.to(dtype), None)
+        retraced: Retraced | Untraceable = Untraceable(name)
+        if class_dim is not None:
+            try:
+                retraced = Retraced(root, list(found), class_dim)
+            except Untraceable as reason:
+                retraced = reason
+            else:
+                if _gives(retraced, list(found.values()), tensor):
+                    return Made(places, retraced, retraced)
         try:
             recorded = Recorded(tensor, [GradientEdge(*edge) for edge in found])
         except RuntimeError as error:
@@ -572,7 +585,7 @@ class Recorder:
                 f"what the loop made of the student's output for {name} cannot be differentiated "
                 f"twice, {instead}."
             ) from error
-        return Made(places, recorded, Untraceable(name))
+        return Made(places, recorded, retraced)
 
     def _outputs_within(self, name: str, tensor: Tensor) -> dict[Edge, Output]:
         """Where in the graph of a tensor outputs of the student stand."""
@@ -595,6 +608,20 @@ class Recorder:
         if any(leaf in self._structure.parameters for leaf in others):
             raise ValueError(_not_followed(name, tensor))
         return found
+
+
+def _gives(function: Retraced, outputs: Sequence[Output], tensor: Tensor) -> bool:
+    """Whether a function read off the graph is known to give a tensor of these outputs."""
+    values = [value for output in outputs if (value := output.unwritten) is not None]
+    if len(values) < len(outputs):
+        return False
+    with torch.no_grad():
+        actual = function(*values)
+    if tensor.device.type == "cpu":
+        return torch.equal(actual, tensor)
+    # comparing would wait for the device: only what is the same memory
+    same = actual.data_ptr() == tensor.data_ptr() and actual.shape == tensor.shape
+    return same and actual.stride() == tensor.stride() and actual.dtype == tensor.dtype
 
 
 def _not_followed(name: str, tensor: Tensor) -> str:
