@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 CPU_CHUNK = 2**18  # numbers, which stay in a cache
 CHUNK = 2**23  # elsewhere, where every chunk costs its launches
@@ -21,20 +22,25 @@ Rows = Callable[..., Tensor]
 """Of [n, C] and others of n rows -> [n, …], each row from its own rows alone."""
 
 
-def by_chunks(function: Rows, logits: Tensor, *others: Tensor) -> Tensor:
+def by_chunks(function: Rows, logits: Tensor, *others: Any) -> Tensor:
     """``function(logits, *others)``, in chunks where the logits are large.
 
     Args:
         function: of rows, differentiable twice by the logits, which no graph is made to for the
             others.
         logits: [N, C].
-        others: N rows each.
+        others: N rows each, or named tuples of such.
     """
     if logits.numel() <= _size(logits):
         return function(logits, *others)
+    tensors, spec = tree_flatten(others)
+
+    def of_rows(rows: Tensor, *parts: Tensor) -> Tensor:
+        return function(rows, *tree_unflatten(parts, spec))
+
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _Value.apply(function, logits, *others)
-    return torch.cat([function(*rows) for rows in _chunks(logits, *others)])
+        return _Value.apply(of_rows, logits, *tensors)
+    return torch.cat([of_rows(*rows) for rows in _chunks(logits, *tensors)])
 
 
 def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

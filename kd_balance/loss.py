@@ -24,11 +24,13 @@ from kd_balance.terms import (
     per_sample,
     term_names,
 )
+from kd_balance.top_k import TopK, dense
 from kd_balance.weight_net import DEFAULT_FEATURES, LogFrequency, MetaWeightNet, compute_features
 
 HardLoss = Callable[[Tensor, Tensor], Tensor]
 SoftLoss = Callable[..., Tensor]
-Teacher = Tensor | tuple[Tensor, Tensor]
+Logits = Tensor | TopK
+Teacher = Logits | tuple[Logits, Tensor]
 """Logits, or logits and a mask of the samples that it knows."""
 
 RATIO = 10.0  # of long_tailed's weights: more moves them too far where labels are right
@@ -39,7 +41,7 @@ class _Flat(NamedTuple):
     """A batch whose every position is a sample, in float32 at least."""
 
     student: Tensor  # [N, C]
-    teachers: dict[str, Tensor]  # [N, C] by the name of its term, detached
+    teachers: dict[str, Logits]  # [N, C] by the name of its term, detached
     targets: Tensor  # [N] class indices, 0 where ignored, or [N, C] probabilities
     kept: Tensor | None  # [N], which positions count; None where all do
     known: dict[str, Tensor]  # [N] by the name of a term, which samples its teacher knows
@@ -243,7 +245,8 @@ class WeightedKDLoss(nn.Module):
         for teacher_logits, targets in islice(batches, _ENOUGH):
             flat = self._flatten(teacher_logits, teacher_logits, targets)
             label = flat.targets if flat.kept is not None else flat.targets.argmax(1)
-            (teacher,) = flat.teachers.values()
+            teacher = flat.teachers["soft"]
+            assert isinstance(teacher, Tensor)
             logits.append(teacher if flat.kept is None else teacher[flat.kept])
             labels.append(label if flat.kept is None else label[flat.kept])
             found += len(labels[-1])
@@ -268,10 +271,11 @@ class WeightedKDLoss(nn.Module):
 
         Args:
             student_logits: [N, C] or [N, C, d1, …], as for torch.nn.functional.cross_entropy.
-            teacher_logits: the same shape; no gradient flows into them. A pair (logits, mask) where
-                the teacher knows some samples only, the mask being bool, of the shape of class
-                indices; there is no soft loss of the others, whose features see even logits. With
-                several teachers a mapping of these by name.
+            teacher_logits: the same shape; no gradient flows into them. Of a teacher whose largest
+                probabilities alone are known a :class:`~kd_balance.top_k.TopK`. A pair (logits,
+                mask) where the teacher knows some samples only, the mask being bool, of the shape
+                of class indices; there is no soft loss of the others, whose features see even
+                logits. With several teachers a mapping of these by name.
             targets: class indices, the shape of the logits without the class dimension, or class
                 probabilities, the shape of the logits.
             **terms: for each of `terms` what it is called with.
@@ -442,7 +446,9 @@ class WeightedKDLoss(nn.Module):
             )
         teachers, masks = self._by_name(teacher)
         for logits in teachers.values():
-            if logits.shape != student.shape:
+            if isinstance(logits, TopK):
+                logits.check_shape(student.shape, self.class_dim)
+            elif logits.shape != student.shape:
                 raise ValueError(
                     f"teacher_logits have shape {tuple(logits.shape)}, expected that of "
                     f"student_logits, {tuple(student.shape)}: teacher and student need the same "
@@ -450,9 +456,10 @@ class WeightedKDLoss(nn.Module):
                 )
         by_position = list(student.shape)
         classes = by_position.pop(self.class_dim)
+        positions = torch.Size(by_position)
         probabilities = targets.is_floating_point()
-        expected = list(student.shape) if probabilities else by_position
-        if list(targets.shape) != expected:
+        expected = student.shape if probabilities else positions
+        if targets.shape != expected:
             kind = "probabilities" if probabilities else "indices"
             raise ValueError(
                 f"targets (class {kind}) have shape {tuple(targets.shape)}, expected "
@@ -460,14 +467,9 @@ class WeightedKDLoss(nn.Module):
                 f"{self.class_dim}."
             )
 
-        def rows(tensor: Tensor) -> Tensor:
-            tensor = _wide(tensor)
-            if tensor.dim() == 2 and self.class_dim in (1, -1):
-                return tensor
-            return tensor.movedim(self.class_dim, -1).reshape(-1, classes)
-
-        student_rows = rows(student)
-        teacher_rows = {n: rows(t.detach()).to(student_rows.dtype) for n, t in teachers.items()}
+        student_rows = self._rows(student)
+        dtype = student_rows.dtype
+        teacher_rows = {name: self._teacher_rows(t, dtype) for name, t in teachers.items()}
         if self.teacher_bias is not None:
             if len(self.teacher_bias) != classes:
                 raise ValueError(
@@ -475,22 +477,33 @@ class WeightedKDLoss(nn.Module):
                     "classes, expected as many: give kd_balance.data.class_counts "
                     f"num_classes={classes}."
                 )
-            bias = self.teacher_bias.to(student_rows)
-            teacher_rows = {n: t - bias for n, t in teacher_rows.items()}
-        positions = torch.Size(by_position)
+            teacher_rows["soft"] = _unbiased(teacher_rows["soft"], self.teacher_bias)
         known = {name: mask(name, there, positions) for name, there in masks.items()}
-        for name, there in known.items():
-            teacher_rows[name] = torch.where(there.unsqueeze(1), teacher_rows[name], 0.0)
         if probabilities:
-            probable = rows(targets).to(student_rows.dtype)
-            return _Flat(student_rows, teacher_rows, probable, None, known, positions)
-        labels = _row(targets)
-        kept = labels != self.ignore_index
-        return _Flat(student_rows, teacher_rows, labels * kept, kept, known, positions)
+            kept, labels = None, self._rows(targets).to(dtype)
+        else:
+            labels = _row(targets)
+            kept = labels != self.ignore_index
+            labels = labels * kept
+        for name, rows in teacher_rows.items():
+            teacher_rows[name] = _where_known(rows, known.get(name), kept, classes)
+        return _Flat(student_rows, teacher_rows, labels, kept, known, positions)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """[N, …] out of a tensor whose class dimension that is."""
+        tensor = _wide(tensor)
+        if tensor.dim() == 2 and self.class_dim in (1, -1):
+            return tensor
+        return tensor.movedim(self.class_dim, -1).reshape(-1, tensor.shape[self.class_dim])
+
+    def _teacher_rows(self, logits: Logits, dtype: torch.dtype) -> Logits:
+        if isinstance(logits, TopK):
+            return TopK(self._rows(logits.log_probs.detach()).to(dtype), self._rows(logits.indices))
+        return self._rows(logits.detach()).to(dtype)
 
     def _by_name(
         self, teacher: Teacher | Mapping[str, Teacher]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Logits], dict[str, Tensor]]:
         """The teachers' logits and the masks of what they know, by the names of their terms."""
         names = self.teachers or ("soft",)
         given: Any = {"soft": teacher} if self.teachers is None else teacher
@@ -501,10 +514,9 @@ class WeightedKDLoss(nn.Module):
             )
         logits, masks = {}, {}
         for name in names:
-            of = given[name]
-            logits[name] = of[0] if isinstance(of, tuple) else of
-            if isinstance(of, tuple):
-                masks[name] = of[1]
+            logits[name] = given[name]
+            if isinstance(given[name], tuple) and not isinstance(given[name], TopK):
+                logits[name], masks[name] = given[name]
         return logits, masks
 
     def _feature_names(self) -> Sequence[Any]:
@@ -515,7 +527,7 @@ class WeightedKDLoss(nn.Module):
             return DEFAULT_FEATURES
         return ("student_ce", *(f"{teacher}.teacher_ce" for teacher in self.teachers))
 
-    def _teacher_of(self, flat: _Flat) -> Tensor | dict[str, Tensor]:
+    def _teacher_of(self, flat: _Flat) -> Logits | dict[str, Logits]:
         """What features are given: the one teacher's logits, or several by name."""
         return flat.teachers["soft"] if self.teachers is None else flat.teachers
 
@@ -539,17 +551,19 @@ class WeightedKDLoss(nn.Module):
         hard_loss = self.hard_loss or cross_entropy
         soft_losses = [self._soft_loss_of(name) for name in flat.teachers]
 
-        def losses(student: Tensor, targets: Tensor, *teachers: Tensor) -> Tensor:
+        def losses(student: Tensor, targets: Tensor, *teachers: Logits) -> Tensor:
             columns = [_checked("hard_loss", hard_loss(student, targets), student)]
             for soft_loss, teacher in zip(soft_losses, teachers, strict=True):
-                soft = soft_loss(student, teacher, targets)
+                soft = soft_loss(student, dense(teacher, student.shape[1]), targets)
                 columns.append(_checked("soft_loss", soft, student))
             return torch.stack(columns, dim=1)
 
         own = (self.hard_loss, *(self._own_soft_loss(name) for name in flat.teachers))
         row_by_row = all(loss is None or getattr(loss, "by_rows", False) for loss in own)
-        given = flat.student, flat.targets, *flat.teachers.values()
-        return by_chunks(losses, *given) if row_by_row else losses(*given)
+        teachers = flat.teachers.values()
+        if row_by_row:
+            return by_chunks(losses, flat.student, flat.targets, *teachers)
+        return losses(flat.student, flat.targets, *teachers)
 
     def _own_soft_loss(self, name: str) -> SoftLoss | None:
         own = self.soft_loss
@@ -611,6 +625,27 @@ def _wide(value: Any) -> Any:
     """A tensor in float32 at least; anything else as it is."""
     half = isinstance(value, Tensor) and value.dtype in (torch.half, torch.bfloat16)
     return value.float() if half else value
+
+
+def _unbiased(logits: Logits, bias: Tensor) -> Tensor:
+    if isinstance(logits, TopK):
+        raise ValueError(
+            "teacher_logits are a TopK, expected those of all classes for long_tailed, which "
+            "subtracts the teacher's bias from them: use WeightedKDLoss itself."
+        )
+    return logits - bias.to(logits)
+
+
+def _where_known(
+    logits: Logits, known: Tensor | None, kept: Tensor | None, classes: int
+) -> Logits:
+    """Logits that are even where the teacher knows nothing, and may hold anything."""
+    if isinstance(logits, TopK):
+        for there in (known, kept):
+            logits = logits if there is None else logits.where(there, classes)
+        logits.check_values(classes)
+        return logits
+    return logits if known is None else torch.where(known.unsqueeze(1), logits, 0.0)
 
 
 def _checked(name: str, loss: Tensor, student: Tensor) -> Tensor:

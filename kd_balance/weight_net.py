@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kd_balance.chunks import by_chunks
 from kd_balance.hard_losses import cross_entropy, log_prior
 from kd_balance.soft_losses import kl_divergence
+from kd_balance.top_k import TopK, dense
 
 Feature = Callable[[Tensor, Any, Tensor], Tensor]
 """(student_logits [N, C], teacher_logits [N, C], targets [N] or [N, C]) -> [N].
@@ -93,7 +94,7 @@ class LogFrequency(nn.Module):
 def compute_features(
     features: Sequence[str | Feature],
     student_logits: Tensor,
-    teacher_logits: Tensor | Mapping[str, Tensor],
+    teacher_logits: Tensor | TopK | Mapping[str, Tensor | TopK],
     targets: Tensor,
     losses: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:
@@ -103,7 +104,7 @@ def compute_features(
         features: names in :data:`FEATURES`, or callables of the same signature; with several
             teachers ``large.kl`` is that of the teacher named so. The name of a term is its loss.
         student_logits: [N, C].
-        teacher_logits: [N, C], or several by name.
+        teacher_logits: [N, C], or its largest; or several by name.
         targets: class indices [N] or class probabilities [N, C].
         losses: [N] by the terms' names.
 
@@ -113,19 +114,24 @@ def compute_features(
     Raises:
         ValueError: a callable returned another shape than [N], or it is not said of which teacher.
     """
-    columns = []
+    columns, classes = [], student_logits.shape[1]
     with torch.no_grad():
         for feature in features:
             teacher: Any = teacher_logits
             if not isinstance(feature, str):
-                column = feature(student_logits, teacher, targets)
+                given = _of_all(teacher, classes)
+                column = feature(student_logits, given, targets)
             elif feature in losses:
                 column = losses[feature]
             else:
                 name, _, last = feature.rpartition(".")
                 if name or isinstance(teacher, Mapping):
                     teacher = _of_teacher(name, last, teacher, student_logits)
-                column = by_chunks(FEATURES[last], student_logits, teacher, targets)
+                function = FEATURES[last]
+                column = by_chunks(
+                    lambda s, t, y, f=function: f(s, dense(t, classes), y),
+                    student_logits, teacher, targets,
+                )
             if column.shape != student_logits.shape[:1]:
                 raise ValueError(
                     f"feature {feature!r} returned shape {tuple(column.shape)}, expected "
@@ -135,9 +141,14 @@ def compute_features(
         return torch.stack(columns, dim=1)
 
 
-def _of_teacher(
-    name: str, feature: str, teachers: Tensor | Mapping[str, Tensor], student: Tensor
-) -> Tensor:
+def _of_all(teacher: Any, classes: int) -> Any:
+    """What a callable is given: the logits of all classes, of one teacher or of several."""
+    if isinstance(teacher, Mapping):
+        return {name: dense(logits, classes) for name, logits in teacher.items()}
+    return dense(teacher, classes)
+
+
+def _of_teacher(name: str, feature: str, teachers: Any, student: Tensor) -> Tensor | TopK:
     if isinstance(teachers, Mapping) and name in teachers:
         return teachers[name]
     if not name and feature.startswith("student"):
