@@ -350,7 +350,14 @@ def _in_place_of(call: StudentCall, inputs: Any) -> tuple[tuple[Any, ...], dict[
     """The recorded call's arguments with the meta inputs in the place of the training inputs."""
     args, kwargs = list(call.args), dict(call.kwargs)
     if isinstance(inputs, Mapping) and not (len(args) == 1 and isinstance(args[0], Mapping)):
-        names = list(inspect.signature(call.student.forward).parameters)
+        params = inspect.signature(call.student.forward).parameters.values()
+        names = [p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if any(isinstance(arg, Tensor) for arg in args[len(names):]):
+            raise ValueError(
+                "the student was called with tensors by position and its forward has no names for "
+                "them, expected names as a mapping has: call it by keywords, "
+                f"{', '.join(f'{key}=…' for key in inputs)}, or pass meta_forward=."
+            )
         kwargs = {**dict(zip(names, args)), **kwargs}
         left = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in inputs]
         left = [k for k in left if k != "labels"]
