@@ -1,6 +1,7 @@
 """Hard losses for long-tailed labels, to take cross entropy's place in ``WeightedKDLoss``.
 
-Each maps (student_logits [N, C], targets) to one loss a sample, [N].
+Each maps (student_logits [N, C], targets) to one loss a sample, [N]. A true attribute ``by_rows``
+says that a sample's loss is of its own logits alone: large logits are then looked at in chunks.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class BalancedSoftmax(nn.Module):
     Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", 2020, eq. 4.
     """
 
+    by_rows = True
     log_prior: Tensor
 
     def __init__(self, class_counts: Tensor | Sequence[int], strength: float = 1.0) -> None:
@@ -99,6 +101,7 @@ class ClassBalancedCrossEntropy(nn.Module):
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 2019, eq. 4.
     """
 
+    by_rows = True
     weight: Tensor
 
     def __init__(self, class_counts: Tensor | Sequence[int], beta: float = 0.9999) -> None:

@@ -18,7 +18,7 @@ _POINTS = 50  # of a line at most; a longer record is averaged over stretches
 
 
 class WeightHistory:
-    """Records the mean hard and soft weight of every class while a criterion is used.
+    """Records the mean hard and soft weight of every class, and those of a criterion's other terms.
 
     It watches the calls of the criterion by a forward hook, and of these only the training calls:
     those in training mode with gradients enabled. The sums stay on the device of the weights, so
@@ -50,11 +50,12 @@ class WeightHistory:
         self._num_classes = num_classes
         self._every = every
         self._calls = 0
-        # A row is [C, 3], the sums of (1, hard weight, soft weight) over the samples of a class.
+        self._names = criterion.names
+        # A row is [C, 1 + K], the sums of (1, hard weight, soft weight) over a class's samples.
         self._open: Tensor | None = None  # the row that is being filled
         self._open_calls = 0
         self._waiting: list[Tensor] = []  # full rows, still on the device of the weights
-        self._fetched = torch.zeros(0, num_classes or 0, 3)  # full rows, on the CPU
+        self._fetched = torch.zeros(0, num_classes or 0, 1 + len(self._names))  # on the CPU
         self._steps: list[int] = []  # of each full row, the calls up to its end
         self._hook = criterion.register_forward_hook(self._record, with_kwargs=True)
 
@@ -68,28 +69,26 @@ class WeightHistory:
         Returns:
             ``step`` [R], int64: training calls of the criterion up to the end of the row;
             ``count`` [R, C], int64: samples of the class in the row;
-            ``hard`` and ``soft`` [R, C], float32: their mean weights, NaN where there were none.
+            ``hard``, ``soft`` and other terms by their names [R, C], float32: their mean weights,
+            NaN where there were no samples; a term that a sample lacks weighs 0.
         """
         sums = self._rows().numpy()
         count = sums[..., 0]
         with np.errstate(invalid="ignore"):
-            hard, soft = sums[..., 1] / count, sums[..., 2] / count
+            means = {name: sums[..., i] / count for i, name in enumerate(self._names, start=1)}
         return {
             "step": np.array(self._steps, dtype=np.int64),
             "count": count.astype(np.int64),
-            "hard": hard,
-            "soft": soft,
+            **means,
         }
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the arrays of :meth:`table` to an .npz file, for numpy.load."""
-        table = self.table()
-        np.savez(
-            path, step=table["step"], count=table["count"], hard=table["hard"], soft=table["soft"]
-        )
+        arrays: dict[str, Any] = self.table()
+        np.savez(path, **arrays)
 
     def plot(self, path: str | PathLike[str], class_counts: ArrayLike | None = None) -> None:
-        """Draw the hard and the soft weight of every class over the training calls.
+        """Draw the weights of every class over the training calls, a panel for each term.
 
         The colours run from the most frequent class to the rarest. A long record is drawn as the
         means of 50 stretches.
@@ -141,9 +140,9 @@ class WeightHistory:
         # Without the palest tenth, which does not show on white.
         colors = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, classes)))
         alpha = 1.0 if classes <= 20 else 0.6
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for column, (panel, name) in enumerate(zip(panels, ("hard", "soft")), start=1):
+        figure = Figure(figsize=(4.5 * len(self._names), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(self._names), sharey=True)
+        for column, (panel, name) in enumerate(zip(panels, self._names), start=1):
             for rank, c in enumerate(head_to_tail):
                 there = sums[:, c, 0] > 0
                 mean = sums[there, c, column] / sums[there, c, 0]
@@ -186,7 +185,7 @@ class WeightHistory:
             state: what :meth:`state_dict` returned there.
 
         Raises:
-            ValueError: a record with another number of classes.
+            ValueError: a record with another number of classes, or of terms.
         """
         classes = state["num_classes"]
         if None not in (classes, self._num_classes) and classes != self._num_classes:
@@ -194,13 +193,18 @@ class WeightHistory:
                 f"The state records {classes} classes, expected {self._num_classes}: make this "
                 "WeightHistory with the num_classes of the saved one."
             )
+        rows = state["rows"].cpu()
+        if len(rows) and rows.shape[2] != 1 + len(self._names):
+            raise ValueError(
+                f"The state records {rows.shape[2] - 1} terms, expected {len(self._names)}: give "
+                f"WeightHistory a criterion with the terms of the saved one, not {self._names}."
+            )
         self._num_classes = self._num_classes or classes
         self._calls = state["calls"]
         self._open_calls = state["open_calls"]
         self._open = None if state["open"] is None else state["open"].clone()
         self._waiting = []
-        rows = state["rows"].cpu()
-        self._fetched = rows.view(len(rows), self._num_classes or 0, 3)
+        self._fetched = rows.view(len(rows), self._num_classes or 0, 1 + len(self._names))
         self._steps = state["steps"].tolist()
 
     def _record(
@@ -213,7 +217,7 @@ class WeightHistory:
         classes = call["student_logits"].shape[criterion.class_dim]
         if self._num_classes is None:
             self._num_classes = classes
-            self._fetched = torch.zeros(0, classes, 3)
+            self._fetched = torch.zeros(0, classes, 1 + len(self._names))
         if classes > self._num_classes:
             raise ValueError(
                 f"The logits have {classes} classes, expected {self._num_classes} at most: give "
@@ -228,7 +232,7 @@ class WeightHistory:
         # Ignored positions go to class 0 as zeros: picking the others out would wait for the GPU.
         added = torch.cat((kept.unsqueeze(1), criterion.weights.float()), dim=1)
         if self._open is None:
-            self._open = added.new_zeros(self._num_classes, 3)
+            self._open = added.new_zeros(self._num_classes, added.shape[1])
         self._open = self._open.to(added.device)
         self._open.index_add_(0, labels.masked_fill(~kept, 0), added)
         self._calls += 1

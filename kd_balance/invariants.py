@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_balance.terms import of_terms
+
 REPLAY, WEIGHTS, FACTOR = "replay", "weights", "factor"
 STEP, WINDOW, GRADIENT = "step", "window", "gradient"
 
@@ -92,7 +94,7 @@ class Invariants:
     def weighed(self, weights: Tensor, recorded: Tensor, kept: Tensor | None) -> None:
         """Compares the weights, where they count, with those that were recorded."""
         if kept is not None:
-            weights = weights * kept.unsqueeze(1)
+            weights = weights * of_terms(kept)
         if _surely_equal([weights], [recorded]):
             return
         self._compare(WEIGHTS, [weights], [recorded], weights.dtype)

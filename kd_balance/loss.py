@@ -1,22 +1,37 @@
-"""The loss: a hard and a soft term for every sample, and the weights that mix them."""
+"""The loss: a hard, a soft and other terms of every sample, and the weights that mix them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from kd_balance.chunks import by_chunks
 from kd_balance.hard_losses import BalancedSoftmax, cross_entropy
 from kd_balance.soft_losses import temperature_kl
 from kd_balance.teacher_bias import prior_bias
+from kd_balance.terms import (
+    Term,
+    fixed_weights,
+    mask,
+    of_samples,
+    of_terms,
+    per_sample,
+    term_names,
+)
+from kd_balance.top_k import TopK, dense
 from kd_balance.weight_net import DEFAULT_FEATURES, LogFrequency, MetaWeightNet, compute_features
 
 HardLoss = Callable[[Tensor, Tensor], Tensor]
 SoftLoss = Callable[..., Tensor]
+Logits = Tensor | TopK
+Teacher = Logits | tuple[Logits, Tensor]
+"""Logits, or logits and a mask of the samples that it knows."""
 
 RATIO = 10.0  # of long_tailed's weights: more moves them too far where labels are right
 _ENOUGH = 512  # samples for the one number that a teacher's bias is made of
@@ -26,9 +41,11 @@ class _Flat(NamedTuple):
     """A batch whose every position is a sample, in float32 at least."""
 
     student: Tensor  # [N, C]
-    teacher: Tensor  # [N, C], detached
+    teachers: dict[str, Logits]  # [N, C] by the name of its term, detached
     targets: Tensor  # [N] class indices, 0 where ignored, or [N, C] probabilities
     kept: Tensor | None  # [N], which positions count; None where all do
+    known: dict[str, Tensor]  # [N] by the name of a term, which samples its teacher knows
+    positions: torch.Size  # their shape, of N elements
 
 
 class WeightedKDLoss(nn.Module):
@@ -39,19 +56,28 @@ class WeightedKDLoss(nn.Module):
     w_i^hard · h_i + w_i^soft · s_i, the weights coming from `weight_net`. They are constants to
     the student's gradient; :class:`~kd_balance.BilevelOptimizer` is what trains them.
 
+    More terms than these two get weights of their own by `terms`, more teachers by `teachers`.
+
     Args:
-        weight_net: maps features [N, F] to weights [N, 2]; usually a
+        weight_net: maps features [N, F] to weights [N, K], of (hard, soft) or of `names`; usually a
             :class:`~kd_balance.MetaWeightNet`. Another module is given the features it names in a
-            tuple attribute ``features``, or else ("student_ce", "teacher_ce"), and with a true
+            tuple attribute ``features``, or else ("student_ce", "teacher_ce") of each teacher, and
+            with a true
             attribute ``needs_kept`` which rows count, bool [N] or None for all. None is ordinary
             distillation with the fixed weights `alpha`.
         temperature: T of the soft loss, above 0.
         alpha: without a weight net, the mixture alpha · hard + (1 − alpha) · soft; or the pair
-            (hard weight, soft weight).
+            (hard weight, soft weight); or for other terms their K weights, in order or by name.
         hard_loss: ``(student_logits [N, C], targets) -> [N]`` in place of cross entropy.
         soft_loss: ``(student_logits [N, C], teacher_logits [N, C]) -> [N]`` in place of the
             temperature KL. A loss with a true attribute ``needs_targets`` is given the targets as
-            a third argument.
+            a third argument. With several teachers, one for all or a mapping by their names.
+        teachers: names of several teachers, each with a soft loss and a weight of its own.
+        terms: further terms by name. Each is called with what the criterion is given under its
+            name, a tuple being several arguments, and returns one loss for each sample, [N]; or a
+            pair, ([N], bool [N]), where only some samples have it; or a scalar, which all samples
+            share, so that with "mean" it weighs the mean of their weights. None: the loop gives
+            the losses themselves, as for terms that draw random numbers or change by being called.
         reduction: "mean" over the samples that are not ignored, "sum", or "none" (one value for
             each position, 0 where ignored).
         class_dim: the dimension of the logits that holds the classes; −1 for the
@@ -68,6 +94,10 @@ class WeightedKDLoss(nn.Module):
         loss.backward()
         criterion.weights  # [N, 2]
 
+        names = ("hard", "soft", "attention")
+        criterion = WeightedKDLoss(MetaWeightNet(terms=names), terms={"attention": attention})
+        loss = criterion(logits, teacher_logits, targets, attention=(maps, teacher_maps))
+
     Source: BiKD (arXiv 2605.17839), the training loss; Hinton et al. 2015 for the soft loss.
     """
 
@@ -78,9 +108,11 @@ class WeightedKDLoss(nn.Module):
         weight_net: nn.Module | None = None,
         *,
         temperature: float = 4.0,
-        alpha: float | Sequence[float] = 0.5,
+        alpha: float | Sequence[float] | Mapping[str, float] = 0.5,
         hard_loss: HardLoss | None = None,
-        soft_loss: SoftLoss | None = None,
+        soft_loss: SoftLoss | Mapping[str, SoftLoss] | None = None,
+        teachers: Sequence[str] | None = None,
+        terms: Mapping[str, Term | None] | None = None,
         reduction: str = "mean",
         class_dim: int = 1,
         ignore_index: int = -100,
@@ -95,17 +127,34 @@ class WeightedKDLoss(nn.Module):
             raise ValueError(f"temperature is {temperature}, expected a number above 0.")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
+        self.names = term_names(teachers, terms)
+        """Of the terms, in the order of the weights."""
+        own = getattr(weight_net, "terms", self.names)
+        if own != self.names:
+            raise ValueError(
+                f"weight_net weighs {own} and the terms are {self.names}, expected the same: make "
+                f"it MetaWeightNet(terms={self.names})."
+            )
         self.weight_net = weight_net
         self.temperature = temperature
         self.alpha = alpha
         self.hard_loss = hard_loss
-        self.soft_loss = soft_loss
+        self.soft_loss: Any = soft_loss
+        self.teachers = self.names[1 : 1 + len(teachers)] if teachers else None
+        self.terms = dict(terms or {})
+        self._modules_of_terms = nn.ModuleList(
+            function
+            for function in (*self.terms.values(), *_values(soft_loss))
+            if isinstance(function, nn.Module)
+        )
         self.reduction = reduction
         self.class_dim = class_dim
         self.ignore_index = ignore_index
         self.class_counts: Tensor | Sequence[int] | None = None
         self.register_buffer("teacher_bias", None)
-        self._fixed_weights = _pair(alpha)
+        self._fixed_weights: tuple[float, ...] = ()
+        if weight_net is None or len(self.names) == 2:
+            self._fixed_weights = fixed_weights(alpha, self.names)
         self._kept: Tensor | None = None
         self._features: Tensor | None = None
         self._last_losses: Tensor | None = None
@@ -133,10 +182,11 @@ class WeightedKDLoss(nn.Module):
                 :func:`kd_balance.data.class_counts`; 0 for classes without any.
             temperature: T of the soft loss, above 0.
             alpha: what the weights begin with, alpha · hard + (1 − alpha) · soft, or the pair
-                (hard weight, soft weight). The size of the two together is the data's, as a
-                learning rate is: give the one that you would train with.
-            **settings: ``soft_loss``, ``reduction``, ``class_dim`` and ``ignore_index``, as for
-                the class.
+                (hard weight, soft weight), or one for each of more `terms`. The size of all of them
+                together is the data's, as a learning rate is: give the one that you would train
+                with.
+            **settings: ``soft_loss``, ``terms``, ``reduction``, ``class_dim`` and
+                ``ignore_index``, as for the class.
 
         Returns:
             The criterion, to be called with raw teacher logits.
@@ -154,9 +204,16 @@ class WeightedKDLoss(nn.Module):
         Source: BiKD (arXiv 2605.17839) for learned weights; Ren et al. 2020 for balanced softmax;
         the rest is this package's, see ``docs/long_tail.md``.
         """
+        if settings.get("teachers"):
+            raise ValueError(
+                f"teachers is {settings['teachers']!r}, expected one teacher, whose bias "
+                "long_tailed finds: give several to WeightedKDLoss(teachers=…) itself."
+            )
         features = (*DEFAULT_FEATURES, LogFrequency(class_counts))
+        names = term_names(None, settings.get("terms"))
+        mean = fixed_weights(alpha, names)
         criterion = cls(
-            MetaWeightNet(features, mean=_pair(alpha), ratio=RATIO),
+            MetaWeightNet(features, mean=mean, ratio=RATIO, terms=names),
             temperature=temperature,
             alpha=alpha,
             hard_loss=BalancedSoftmax(class_counts),
@@ -188,7 +245,9 @@ class WeightedKDLoss(nn.Module):
         for teacher_logits, targets in islice(batches, _ENOUGH):
             flat = self._flatten(teacher_logits, teacher_logits, targets)
             label = flat.targets if flat.kept is not None else flat.targets.argmax(1)
-            logits.append(flat.teacher if flat.kept is None else flat.teacher[flat.kept])
+            teacher = flat.teachers["soft"]
+            assert isinstance(teacher, Tensor)
+            logits.append(teacher if flat.kept is None else teacher[flat.kept])
             labels.append(label if flat.kept is None else label[flat.kept])
             found += len(labels[-1])
             if found >= _ENOUGH:
@@ -201,14 +260,25 @@ class WeightedKDLoss(nn.Module):
         bias = prior_bias(torch.cat(logits), torch.cat(labels), self.class_counts)
         self.teacher_bias = bias.to(self.teacher_bias)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Teacher | Mapping[str, Teacher],
+        targets: Tensor,
+        **terms: Any,
+    ) -> Tensor:
         """The weighted loss of a batch.
 
         Args:
             student_logits: [N, C] or [N, C, d1, …], as for torch.nn.functional.cross_entropy.
-            teacher_logits: the same shape; no gradient flows into them.
+            teacher_logits: the same shape; no gradient flows into them. Of a teacher whose largest
+                probabilities alone are known a :class:`~kd_balance.top_k.TopK`. A pair (logits,
+                mask) where the teacher knows some samples only, the mask being bool, of the shape
+                of class indices; there is no soft loss of the others, whose features see even
+                logits. With several teachers a mapping of these by name.
             targets: class indices, the shape of the logits without the class dimension, or class
                 probabilities, the shape of the logits.
+            **terms: for each of `terms` what it is called with.
 
         Returns:
             A scalar, or with reduction "none" a value for each position. float32, or float64 for
@@ -219,15 +289,19 @@ class WeightedKDLoss(nn.Module):
         """
         with _without_autocast(student_logits.device):
             flat = self._flatten(student_logits, teacher_logits, targets)
-            losses = self._losses(flat)
+            losses, kept = self._losses(flat, terms)
             self._last_losses = losses.detach()
             if self.weight_net is not None:
-                self._features = compute_features(_feature_names(self.weight_net), *flat[:3])
-            kept = self._kept = flat.kept
+                by_name = dict(zip(self.names, self._last_losses.unbind(1), strict=True))
+                self._features = compute_features(
+                    self._feature_names(), flat.student, self._teacher_of(flat), flat.targets,
+                    by_name,
+                )
+            self._kept = kept
             with torch.no_grad():
                 weights = self.weigh(self._features, losses, kept)
                 # not a view of parameters
-                weights = weights.clone() if kept is None else weights * kept.unsqueeze(1)
+                weights = weights.clone() if kept is None else weights * of_terms(kept)
             self._weights = weights
             result = self.combine(losses, weights, kept, targets)
             node: Any = result.grad_fn
@@ -235,24 +309,40 @@ class WeightedKDLoss(nn.Module):
                 node.metadata[WeightedKDLoss] = self  # a mark that the loss's graph shows
             return result
 
-    def losses(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
-        """The (hard, soft) losses of every sample before weighting.
+    def losses(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Teacher | Mapping[str, Teacher],
+        targets: Tensor,
+        **terms: Any,
+    ) -> Tensor:
+        """The (hard, soft) losses of every sample before weighting, and those of other terms.
 
         Args:
-            student_logits, teacher_logits, targets: as for the call.
+            student_logits, teacher_logits, targets, **terms: as for the call.
 
         Returns:
-            [N, 2], one row for each position.
+            [N, K], one row for each position, 0 where a sample has no such term.
 
         Raises:
             ValueError: shapes that do not belong together.
         """
         with _without_autocast(student_logits.device):
-            return self._losses(self._flatten(student_logits, teacher_logits, targets))
+            return self._losses(self._flatten(student_logits, teacher_logits, targets), terms)[0]
+
+    def soft_losses(
+        self, student_logits: Tensor, teacher_logits: Teacher, targets: Tensor
+    ) -> Tensor:
+        """[N], the soft losses alone, of the one teacher."""
+        with _without_autocast(student_logits.device):
+            return self._of_logits(self._flatten(student_logits, teacher_logits, targets))[:, 1]
 
     @property
     def weights(self) -> Tensor:
-        """[N, 2], the (hard, soft) weights of the last call, detached; 0 where ignored."""
+        """[N, K], the weights of the last call, by `names` (hard, soft), detached.
+
+        0 where a position is ignored, or has no such term.
+        """
         if self._weights is None:
             raise RuntimeError("There are no weights before the first call of the criterion.")
         return self._weights
@@ -264,8 +354,13 @@ class WeightedKDLoss(nn.Module):
 
     @property
     def last_losses(self) -> Tensor | None:
-        """[N, 2], the (hard, soft) losses of the last call before weighting, detached."""
+        """[N, K], the losses of the last call before weighting, by `names`, detached."""
         return self._last_losses
+
+    @property
+    def last_kept(self) -> Tensor | None:
+        """[N] or [N, K], what counted in the last call; None where all did."""
+        return self._kept
 
     @property
     def phi(self) -> list[nn.Parameter]:
@@ -283,15 +378,15 @@ class WeightedKDLoss(nn.Module):
         """Computes `weights` of the last call anew, after the weight net has moved."""
         with torch.no_grad():
             weights = self.weigh(self._features, self.weights, self._kept)
-        self._weights = weights if self._kept is None else weights * self._kept.unsqueeze(1)
+        self._weights = weights if self._kept is None else weights * of_terms(self._kept)
 
     def weigh(self, features: Tensor | None, like: Tensor, kept: Tensor | None) -> Tensor:
-        """The weights [N, 2] for features [N, F], with the weight net's graph.
+        """The weights [N, K] for features [N, F], with the weight net's graph.
 
         Args:
             features: of every sample; None where there is no weight net.
-            like: [N, 2], whose dtype and device the weights get.
-            kept: [N], which samples count; None where all do.
+            like: [N, K], whose dtype and device the weights get.
+            kept: [N] or [N, K], what counts; None where all does.
         """
         if self.weight_net is None or features is None:
             return like.new_tensor(self._fixed_weights).expand_as(like)
@@ -302,22 +397,22 @@ class WeightedKDLoss(nn.Module):
         if weights.shape != like.shape:
             raise ValueError(
                 f"weight_net returned shape {tuple(weights.shape)}, expected {tuple(like.shape)}: "
-                "it must map features [N, F] to a hard and a soft weight [N, 2]."
+                f"it must map features [N, F] to a weight for each of ({', '.join(self.names)})."
             )
         return weights.to(like.dtype)
 
     def combine(
         self, losses: Tensor, weights: Tensor, kept: Tensor | None, targets: Tensor
     ) -> Tensor:
-        """The reduced loss; bilinear in `losses` and `weights`, both [N, 2].
+        """The reduced loss; bilinear in `losses` and `weights`, both [N, K].
 
         Args:
-            kept: [N], which samples count; None where all do.
+            kept: [N] or [N, K], what counts; None where all does.
             targets: of the call, for the shape of an unreduced loss.
         """
         total = (losses * weights).sum(1)
         if kept is not None:
-            total = torch.where(kept, total, 0.0)
+            total = torch.where(of_samples(kept), total, 0.0)
         if self.reduction == "none":
             return total.view(self._positions(targets))
         if self.reduction == "sum":
@@ -332,32 +427,39 @@ class WeightedKDLoss(nn.Module):
 
         Args:
             upstream: of the shape of the reduced loss.
-            losses: [N, 2].
-            kept: [N], which samples count; None where all do.
+            losses: [N, K].
+            kept: [N] or [N, K], what counts; None where all does.
         """
         share = upstream / _count(losses, kept) if self.reduction == "mean" else upstream
         share = share.reshape(-1, 1).to(losses.dtype)
         if kept is not None:
-            return torch.where(kept.unsqueeze(1), share, 0.0)
+            return torch.where(of_samples(kept).unsqueeze(1), share, 0.0)
         return share.expand(len(losses), 1)
 
-    def _flatten(self, student: Tensor, teacher: Tensor, targets: Tensor) -> _Flat:
+    def _flatten(
+        self, student: Tensor, teacher: Teacher | Mapping[str, Teacher], targets: Tensor
+    ) -> _Flat:
         if student.dim() < 2:
             raise ValueError(
                 f"student_logits have shape {tuple(student.shape)}, expected [N, C] or "
                 "[N, C, d1, …]."
             )
-        if teacher.shape != student.shape:
-            raise ValueError(
-                f"teacher_logits have shape {tuple(teacher.shape)}, expected that of "
-                f"student_logits, {tuple(student.shape)}: teacher and student need the same "
-                "classes and positions."
-            )
+        teachers, masks = self._by_name(teacher)
+        for logits in teachers.values():
+            if isinstance(logits, TopK):
+                logits.check_shape(student.shape, self.class_dim)
+            elif logits.shape != student.shape:
+                raise ValueError(
+                    f"teacher_logits have shape {tuple(logits.shape)}, expected that of "
+                    f"student_logits, {tuple(student.shape)}: teacher and student need the same "
+                    "classes and positions."
+                )
         by_position = list(student.shape)
         classes = by_position.pop(self.class_dim)
+        positions = torch.Size(by_position)
         probabilities = targets.is_floating_point()
-        expected = list(student.shape) if probabilities else by_position
-        if list(targets.shape) != expected:
+        expected = student.shape if probabilities else positions
+        if targets.shape != expected:
             kind = "probabilities" if probabilities else "indices"
             raise ValueError(
                 f"targets (class {kind}) have shape {tuple(targets.shape)}, expected "
@@ -365,14 +467,9 @@ class WeightedKDLoss(nn.Module):
                 f"{self.class_dim}."
             )
 
-        def rows(tensor: Tensor) -> Tensor:
-            tensor = tensor.float() if tensor.dtype in (torch.half, torch.bfloat16) else tensor
-            if tensor.dim() == 2 and self.class_dim in (1, -1):
-                return tensor
-            return tensor.movedim(self.class_dim, -1).reshape(-1, classes)
-
-        student_rows = rows(student)
-        teacher_rows = rows(teacher.detach()).to(student_rows.dtype)
+        student_rows = self._rows(student)
+        dtype = student_rows.dtype
+        teacher_rows = {name: self._teacher_rows(t, dtype) for name, t in teachers.items()}
         if self.teacher_bias is not None:
             if len(self.teacher_bias) != classes:
                 raise ValueError(
@@ -380,30 +477,127 @@ class WeightedKDLoss(nn.Module):
                     "classes, expected as many: give kd_balance.data.class_counts "
                     f"num_classes={classes}."
                 )
-            teacher_rows = teacher_rows - self.teacher_bias.to(teacher_rows)
+            teacher_rows["soft"] = _unbiased(teacher_rows["soft"], self.teacher_bias)
+        known = {name: mask(name, there, positions) for name, there in masks.items()}
         if probabilities:
-            return _Flat(student_rows, teacher_rows, rows(targets).to(student_rows.dtype), None)
-        labels = _row(targets)
-        kept = labels != self.ignore_index
-        return _Flat(student_rows, teacher_rows, labels * kept, kept)
+            kept, labels = None, self._rows(targets).to(dtype)
+        else:
+            labels = _row(targets)
+            kept = labels != self.ignore_index
+            labels = labels * kept
+        for name, rows in teacher_rows.items():
+            teacher_rows[name] = _where_known(rows, known.get(name), kept, classes)
+        return _Flat(student_rows, teacher_rows, labels, kept, known, positions)
 
-    def _losses(self, flat: _Flat) -> Tensor:
-        if self.hard_loss is None:
-            hard = cross_entropy(flat.student, flat.targets)
-        else:
-            hard = self.hard_loss(flat.student, flat.targets)
-        if self.soft_loss is None:
-            soft = temperature_kl(flat.student, flat.teacher, self.temperature)
-        else:
-            labels = (flat.targets,) if getattr(self.soft_loss, "needs_targets", False) else ()
-            soft = self.soft_loss(flat.student, flat.teacher, *labels)
-        for name, loss in (("hard_loss", hard), ("soft_loss", soft)):
-            if loss.shape != flat.student.shape[:1]:
-                raise ValueError(
-                    f"{name} returned shape {tuple(loss.shape)}, expected "
-                    f"({len(flat.student)},): return one loss for each sample, without reduction."
-                )
-        return torch.stack((hard, soft), dim=1)
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """[N, …] out of a tensor whose class dimension that is."""
+        tensor = _wide(tensor)
+        if tensor.dim() == 2 and self.class_dim in (1, -1):
+            return tensor
+        return tensor.movedim(self.class_dim, -1).reshape(-1, tensor.shape[self.class_dim])
+
+    def _teacher_rows(self, logits: Logits, dtype: torch.dtype) -> Logits:
+        if isinstance(logits, TopK):
+            return TopK(self._rows(logits.log_probs.detach()).to(dtype), self._rows(logits.indices))
+        return self._rows(logits.detach()).to(dtype)
+
+    def _by_name(
+        self, teacher: Teacher | Mapping[str, Teacher]
+    ) -> tuple[dict[str, Logits], dict[str, Tensor]]:
+        """The teachers' logits and the masks of what they know, by the names of their terms."""
+        names = self.teachers or ("soft",)
+        given: Any = {"soft": teacher} if self.teachers is None else teacher
+        if not isinstance(given, Mapping) or set(given) != set(names):
+            got = f"the keys {list(given)}" if isinstance(given, Mapping) else type(given).__name__
+            raise ValueError(
+                f"teacher_logits are {got}, expected a mapping from each of {names} to its logits."
+            )
+        logits, masks = {}, {}
+        for name in names:
+            logits[name] = given[name]
+            if isinstance(given[name], tuple) and not isinstance(given[name], TopK):
+                logits[name], masks[name] = given[name]
+        return logits, masks
+
+    def _feature_names(self) -> Sequence[Any]:
+        features = getattr(self.weight_net, "features", None)
+        if isinstance(features, (tuple, list)):
+            return features
+        if self.teachers is None:
+            return DEFAULT_FEATURES
+        return ("student_ce", *(f"{teacher}.teacher_ce" for teacher in self.teachers))
+
+    def _teacher_of(self, flat: _Flat) -> Logits | dict[str, Logits]:
+        """What features are given: the one teacher's logits, or several by name."""
+        return flat.teachers["soft"] if self.teachers is None else flat.teachers
+
+    def _losses(self, flat: _Flat, terms: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """[N, K], and what counts: [N] or, where some samples lack a term, [N, K]."""
+        losses = self._of_logits(flat)
+        there = flat.known
+        if self.terms or terms:
+            more, masks = self._more(flat, terms)
+            losses = torch.cat((losses, *(column.unsqueeze(1) for column in more)), dim=1)
+            there = {**there, **masks}
+        if not there:
+            return losses, flat.kept
+        everywhere = torch.ones_like(losses[:, 0], dtype=torch.bool)
+        kept = torch.stack([there.get(name, everywhere) for name in self.names], dim=1)
+        losses = torch.where(kept, losses, 0.0)
+        return losses, kept if flat.kept is None else kept & flat.kept.unsqueeze(1)
+
+    def _of_logits(self, flat: _Flat) -> Tensor:
+        """[N, 1 + T], the hard loss and the teachers' soft losses."""
+        hard_loss = self.hard_loss or cross_entropy
+        soft_losses = [self._soft_loss_of(name) for name in flat.teachers]
+
+        def losses(student: Tensor, targets: Tensor, *teachers: Logits) -> Tensor:
+            columns = [_checked("hard_loss", hard_loss(student, targets), student)]
+            for soft_loss, teacher in zip(soft_losses, teachers, strict=True):
+                soft = soft_loss(student, dense(teacher, student.shape[1]), targets)
+                columns.append(_checked("soft_loss", soft, student))
+            return torch.stack(columns, dim=1)
+
+        own = (self.hard_loss, *(self._own_soft_loss(name) for name in flat.teachers))
+        row_by_row = all(loss is None or getattr(loss, "by_rows", False) for loss in own)
+        teachers = flat.teachers.values()
+        if row_by_row:
+            return by_chunks(losses, flat.student, flat.targets, *teachers)
+        return losses(flat.student, flat.targets, *teachers)
+
+    def _own_soft_loss(self, name: str) -> SoftLoss | None:
+        own = self.soft_loss
+        return own.get(name) if isinstance(own, Mapping) else own
+
+    def _soft_loss_of(self, name: str) -> SoftLoss:
+        """Of student and teacher logits and targets, with the settings of now."""
+        own, temperature = self._own_soft_loss(name), self.temperature
+        if own is None:
+            return lambda student, teacher, _: temperature_kl(student, teacher, temperature)
+        if getattr(own, "needs_targets", False):
+            return own
+        return lambda student, teacher, _: own(student, teacher)
+
+    def _more(
+        self, flat: _Flat, given: Mapping[str, Any]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The losses of the other terms, and the masks of those that some samples lack."""
+        if given.keys() != self.terms.keys():
+            raise ValueError(
+                f"the criterion was given {sorted(given) or 'no more terms'} by name, expected "
+                f"what its terms are called with: {sorted(self.terms) or 'nothing'}."
+            )
+        columns, masks = [], {}
+        for name, function in self.terms.items():
+            arguments = tree_map(_wide, given[name])
+            if function is not None:
+                several = isinstance(arguments, tuple)
+                arguments = function(*arguments) if several else function(arguments)
+            column, there = per_sample(name, arguments, flat.positions, flat.student[:, 0])
+            columns.append(column)
+            if there is not None:
+                masks[name] = there
+        return columns, masks
 
     def kept(self, targets: Tensor) -> Tensor | None:
         """[N], which positions count; None where all do."""
@@ -424,22 +618,47 @@ def _row(labels: Tensor) -> Tensor:
 
 
 def _count(samples: Tensor, kept: Tensor | None) -> Tensor | int:
-    return len(samples) if kept is None else kept.sum().clamp(min=1)
+    return len(samples) if kept is None else of_samples(kept).sum().clamp(min=1)
 
 
-def _pair(alpha: float | Sequence[float]) -> tuple[float, float]:
-    pair = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, 1 - alpha)
-    if len(pair) != 2 or min(pair) < 0:
+def _wide(value: Any) -> Any:
+    """A tensor in float32 at least; anything else as it is."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.half, torch.bfloat16)
+    return value.float() if half else value
+
+
+def _unbiased(logits: Logits, bias: Tensor) -> Tensor:
+    if isinstance(logits, TopK):
         raise ValueError(
-            f"alpha is {alpha}, expected a number in [0, 1] or a pair (hard weight, soft "
-            "weight) of numbers that are not negative."
+            "teacher_logits are a TopK, expected those of all classes for long_tailed, which "
+            "subtracts the teacher's bias from them: use WeightedKDLoss itself."
         )
-    return pair[0], pair[1]
+    return logits - bias.to(logits)
 
 
-def _feature_names(weight_net: nn.Module) -> Sequence:
-    features = getattr(weight_net, "features", None)
-    return features if isinstance(features, (tuple, list)) else DEFAULT_FEATURES
+def _where_known(
+    logits: Logits, known: Tensor | None, kept: Tensor | None, classes: int
+) -> Logits:
+    """Logits that are even where the teacher knows nothing, and may hold anything."""
+    if isinstance(logits, TopK):
+        for there in (known, kept):
+            logits = logits if there is None else logits.where(there, classes)
+        logits.check_values(classes)
+        return logits
+    return logits if known is None else torch.where(known.unsqueeze(1), logits, 0.0)
+
+
+def _checked(name: str, loss: Tensor, student: Tensor) -> Tensor:
+    if loss.shape != student.shape[:1]:
+        raise ValueError(
+            f"{name} returned shape {tuple(loss.shape)}, expected ({len(student)},): return one "
+            "loss for each sample, without reduction."
+        )
+    return loss
+
+
+def _values(functions: Any) -> Iterable[Any]:
+    return functions.values() if isinstance(functions, Mapping) else ()
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

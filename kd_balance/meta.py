@@ -127,6 +127,11 @@ class MetaObjective:
                 f"meta_loss is {kind!r} and teacher is None, expected a callable from meta inputs "
                 "to teacher logits: pass teacher=."
             )
+        if kind in ("mix", "soft") and criterion.teachers is not None:
+            raise ValueError(
+                f"meta_loss is {kind!r} and the criterion has the teachers {criterion.teachers}, "
+                "expected one teacher for it: use 'hard' or a callable."
+            )
         self.kind = kind
         self._student = student
         self._criterion = criterion
@@ -181,7 +186,8 @@ class MetaObjective:
         self, training: CriterionCall, output: Any, teacher_logits: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logits and labels of a meta batch, made as the loop makes those of its own batches."""
-        function, picked = training.retraced, [out.pick(output) for out in training.outputs]
+        function = training.logits.retraced
+        picked = [out.pick(output) for out in training.of_logits]
         if function is None:
             return picked[0], teacher_logits, targets
         if isinstance(function, Untraceable):
@@ -190,7 +196,7 @@ class MetaObjective:
                 "a meta batch is not known: pass to_logits=, the function from the student's "
                 "output to the logits, or meta_forward=."
             )
-        if len({id(out.call) for out in training.outputs}) > 1:
+        if len({id(out.call) for out in training.of_logits}) > 1:
             raise Unlike(
                 "the loop makes the logits of several calls of the student, which a meta batch "
                 "has no inputs for: pass meta_forward=."
@@ -205,7 +211,7 @@ class MetaObjective:
             return logits, teacher_logits, targets
         given = leaves_of((training.student_call.args, training.student_call.kwargs))
         candidates = [x for x in given if isinstance(x, Tensor)]
-        was = training.outputs[0].value.shape
+        was = training.of_logits[0].shape
         self._alignment.look(function, was, training.targets, candidates)
         return logits, teacher_logits, self._alignment.of(targets, function, shape)
 
@@ -318,12 +324,12 @@ class MetaObjective:
                     )
             if self.kind in ("soft", "mix"):
                 assert teacher_logits is not None
-                if teacher_logits.shape != logits.shape:
+                if isinstance(teacher_logits, Tensor) and teacher_logits.shape != logits.shape:
                     raise Unlike(
                         f"teacher gave logits of shape {tuple(teacher_logits.shape)} for a meta "
                         f"batch whose student logits have shape {tuple(logits.shape)}, {_AS_LOOP}"
                     )
-                soft = criterion.losses(logits, teacher_logits, targets)[:, 1]
+                soft = criterion.soft_losses(logits, teacher_logits, targets)
                 kept = criterion.kept(targets)
                 if kept is None:
                     loss = loss + soft.mean()
@@ -395,7 +401,14 @@ def _in_place_of(call: StudentCall, inputs: Any) -> tuple[tuple[Any, ...], dict[
     """The recorded call's arguments with the meta inputs in the place of the training inputs."""
     args, kwargs = list(call.args), dict(call.kwargs)
     if isinstance(inputs, Mapping) and not (len(args) == 1 and isinstance(args[0], Mapping)):
-        names = list(inspect.signature(call.student.forward).parameters)
+        params = inspect.signature(call.student.forward).parameters.values()
+        names = [p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if any(isinstance(arg, Tensor) for arg in args[len(names):]):
+            raise ValueError(
+                "the student was called with tensors by position and its forward has no names for "
+                "them, expected names as a mapping has: call it by keywords, "
+                f"{', '.join(f'{key}=…' for key in inputs)}, or pass meta_forward=."
+            )
         kwargs = {**dict(zip(names, args)), **kwargs}
         left = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in inputs]
         left = [k for k in left if k != "labels"]

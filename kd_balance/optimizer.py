@@ -196,7 +196,7 @@ class BilevelOptimizer(Optimizer):
         self._meta_loss = torch.tensor(float("nan"))
         self._meta_loss_start = torch.tensor(float("nan"))
         self._hypergradient_norm = torch.tensor(float("nan"))
-        self._mean_weights = torch.full((2,), float("nan"))
+        self._mean_weights = torch.full((len(criterion.names),), float("nan"))
         self._skipped = torch.zeros((), dtype=torch.long)
         self.__setstate__({})  # gives this optimizer its own step hooks
         _supersede_wrapper_of(module)
@@ -420,7 +420,8 @@ class BilevelOptimizer(Optimizer):
         """What the last meta update saw; reading it waits for the device.
 
         ``meta_loss``, ``meta_loss_start`` (mean of the first ten), ``hypergradient_norm``,
-        ``hard_weight`` and ``soft_weight`` (means over the step's batch; all nan before the first),
+        ``hard_weight``, ``soft_weight`` and those of other terms by their names (means over the
+        step's batch, in which a term that a sample lacks weighs 0; all nan before the first),
         ``meta_updates`` (steps that φ's optimizer took so far) and ``skipped_updates``
         (hypergradients that were not finite, or on an accelerator broke an invariant). The latter
         count as zero in a step that is taken all the same, by momentum and weight decay alone
@@ -431,13 +432,12 @@ class BilevelOptimizer(Optimizer):
             ValueError: on an accelerator, an invariant broke since the last reading.
         """
         self._invariants.check()
-        hard_weight, soft_weight = self._mean_weights.tolist()
+        mean_weights = zip(self.criterion.names, self._mean_weights.tolist(), strict=True)
         return {
             "meta_loss": self._meta_loss.item(),
             "meta_loss_start": self._meta_loss_start.item(),
             "hypergradient_norm": self._hypergradient_norm.item(),
-            "hard_weight": hard_weight,
-            "soft_weight": soft_weight,
+            **{f"{name}_weight": mean for name, mean in mean_weights},
             "meta_updates": float(self._meta_updates),
             "skipped_updates": float(self._skipped.item()),
             **{f"skipped_by_{k}": n for k, n in self._invariants.counts().items() if n},

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_leaves, tree_map
 
 from kd_balance.backward import ignore, watch
 from kd_balance.gradients import Gradients
@@ -32,34 +34,55 @@ class Output:
     call: StudentCall
     pick: Callable[[Any], Tensor]
     """Out of all that the call returned."""
-    value: Tensor
+    value: Tensor | None
+    """What it held, as long as a replay is to be compared with it."""
     version: int
+    shape: torch.Size
+    device: torch.device
 
     @classmethod
     def leaf(cls, call: StudentCall, index: int, value: Tensor) -> Output:
-        return cls(call, lambda output: leaves_of(output)[index], value.detach(), value._version)
+        return cls.of(call, lambda output: leaves_of(output)[index], value)
+
+    @classmethod
+    def of(cls, call: StudentCall, pick: Callable[[Any], Tensor], value: Tensor) -> Output:
+        return cls(call, pick, value.detach(), value._version, value.shape, value.device)
 
     @property
-    def unwritten(self) -> bool:
-        """Whether the loop has not written to it in place."""
-        return self.value._version == self.version
+    def unwritten(self) -> Tensor | None:
+        """What it held, where that is known and the loop has not written to it in place."""
+        value = self.value
+        return value if value is not None and value._version == self.version else None
+
+
+@dataclass
+class Made:
+    """How a tensor that the criterion was given is made of the student's outputs."""
+
+    places: list[int]
+    """Of these outputs among those of the call."""
+    function: Callable[..., Tensor]
+    retraced: Retraced | Untraceable | None
+    """The function for another batch, or why it is not known; None where it is the output."""
+
+    def of(self, outputs: Sequence[Tensor]) -> Tensor:
+        return self.function(*(outputs[i] for i in self.places))
 
 
 @dataclass
 class CriterionCall:
-    """One call of the criterion on logits made of what recorded student calls returned."""
+    """One call of the criterion on tensors made of what recorded student calls returned."""
 
     outputs: list[Output]
-    logits_of: Callable[..., Tensor]
-    """The logits made of the outputs."""
-    retraced: Retraced | Untraceable | None
-    """The same for another batch, or why it is not known; None where they are the output."""
-    teacher_logits: Tensor
+    logits: Made
+    teacher_logits: Any  # a tensor, or as the criterion takes several teachers
     targets: Tensor
-    kept: Tensor | None  # [N], which samples count; None where all do
+    terms: dict[str, Any]
+    """What other terms were given by name; tensors of the student's are :class:`Made`."""
+    kept: Tensor | None  # [N] or [N, K], what counts; None where all does
     features: Tensor  # [N, F]
-    weights: Tensor  # [N, 2]
-    recorded_losses: Tensor  # [N, 2], detached
+    weights: Tensor  # [N, K]
+    recorded_losses: Tensor  # [N, K], detached
     result: Tensor  # what the criterion returned, detached
     versions: list[tuple[str, Tensor, int]] = field(default_factory=list)
     """What a replay reads later, and the count of its in-place writes at the time of the call."""
@@ -69,9 +92,14 @@ class CriterionCall:
     """The ids of the tensors that backward was called for by ``inputs=``; None for all."""
 
     @property
+    def of_logits(self) -> list[Output]:
+        """The outputs that the logits are made of."""
+        return [self.outputs[i] for i in self.logits.places]
+
+    @property
     def student_call(self) -> StudentCall:
         """The last one that the logits are made of."""
-        return self.outputs[-1].call
+        return self.of_logits[-1].call
 
     def replay(self, params: Mapping[str, Tensor]) -> list[Tensor]:
         """What the student would have returned under other parameters."""
@@ -87,17 +115,25 @@ class CriterionCall:
         return coarsest_format(outputs, list(leaves.values()))
 
     def losses(self, criterion: WeightedKDLoss, outputs: Sequence[Tensor]) -> Tensor:
-        """Per-sample losses [N, 2] of this call, had the student returned these outputs."""
-        return criterion.losses(self.logits_of(*outputs), self.teacher_logits, self.targets)
+        """Per-sample losses [N, K] of this call, had the student returned these outputs."""
+        terms = self.terms and tree_map(
+            lambda given: given.of(outputs) if isinstance(given, Made) else given, self.terms
+        )
+        logits = self.logits.of(outputs)
+        return criterion.losses(logits, self.teacher_logits, self.targets, **terms)
 
     def replayed(
         self, outputs: Sequence[Tensor], losses: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What a replay gave beside what was recorded."""
-        if self.retraced is None:
+        if not self.is_recorded:
             return [losses], [self.recorded_losses]
-        pairs = [(o, out.value) for o, out in zip(outputs, self.outputs) if out.unwritten]
-        return [losses, *(o for o, _ in pairs)], [self.recorded_losses, *(v for _, v in pairs)]
+        pairs = zip(outputs, (output.unwritten for output in self.outputs), strict=True)
+        known = [(output, value) for output, value in pairs if value is not None]
+        return (
+            [losses, *(output for output, _ in known)],
+            [self.recorded_losses, *(value for _, value in known)],
+        )
 
     def check_versions(self) -> None:
         """Looks for writes; waits for nothing.
@@ -112,6 +148,12 @@ class CriterionCall:
                     "pass, expected its values until the hypergradient is computed: give the "
                     "student and the criterion a copy, .clone(), of a buffer that is used again."
                 )
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether something is made of the outputs that replays would give whatever these are."""
+        made = [self.logits, *(x for x in tree_leaves(self.terms) if isinstance(x, Made))]
+        return any(isinstance(tensor.function, Recorded) for tensor in made)
 
     def part_of(
         self, by_name: Mapping[str, Tensor], ids: Mapping[str, int]
@@ -257,6 +299,7 @@ class Recorder:
         if recording.complaint is not None:
             self.forget()
             raise recording.complaint
+        self._let_go()
         return recording
 
     @property
@@ -266,9 +309,13 @@ class Recorder:
 
     def forget(self) -> None:
         """Begins a new step."""
+        self._let_go()
+        self._forget()
+
+    def _let_go(self) -> None:
+        """Empties what the loop's graphs keep, which may outlive the step."""
         for kept in self._kept:
             kept.call = None
-        self._forget()
 
     def gradients_cleared(self) -> None:
         """Forgets the calls whose gradients are gone."""
@@ -405,9 +452,9 @@ class Recorder:
         held = {p for group in self._gradients.groups for p in group["params"]}
         if any(leaf in held for leaf in leaves([loss.grad_fn], self._is_output)):
             raise ValueError(
-                "hard_loss or soft_loss holds a parameter that the optimizer moves, expected "
-                "losses of the logits alone: move it into the student, or give it to another "
-                "optimizer."
+                "hard_loss, soft_loss or a term holds a parameter that the optimizer moves, "
+                "expected losses of the student's output alone: move it into the student, or give "
+                "it to another optimizer."
             )
 
         def remember(gradient: Tensor) -> None:
@@ -434,26 +481,33 @@ class Recorder:
         return kept
 
     def _criterion_call(
-        self, result: Tensor, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor
+        self, result: Tensor, student_logits: Tensor, teacher_logits: Any, targets: Tensor,
+        **terms: Any,
     ) -> CriterionCall:
         features, losses = self._criterion.last_features, self._criterion.last_losses
         assert features is not None and losses is not None
-        outputs, logits_of, retraced = self._made_of(student_logits)
+        outputs: list[Output] = []
+        logits = self._logits_made_of(student_logits, outputs)
+        for name, given in terms.items():
+            terms[name] = tree_map(partial(self._given_to, name, outputs), given)
         for call in {id(output.call): output.call for output in outputs}.values():
             self._check_arguments(call)
-        return CriterionCall(
+        made = CriterionCall(
             outputs,
-            logits_of,
-            retraced,
-            teacher_logits.detach(),
+            logits,
+            tree_map(_detached, teacher_logits),
             targets,
-            self._criterion.kept(targets),
+            terms,
+            self._criterion.last_kept,
             features,
             self._criterion.weights,
             losses,
             result,
-            _versions(outputs, teacher_logits, targets),
+            _versions(outputs, teacher_logits, targets, terms),
         )
+        if not made.is_recorded:  # the logits' memory is the loop's to free
+            made.outputs = [replace(output, value=None) for output in outputs]
+        return made
 
     def _check_arguments(self, call: StudentCall) -> None:
         """Refuses arguments that are themselves made of the student's parameters."""
@@ -474,45 +528,77 @@ class Recorder:
                     "within the student's forward, or .detach() it."
                 )
 
-    def _made_of(
-        self, logits: Tensor
-    ) -> tuple[list[Output], Callable[..., Tensor], Retraced | Untraceable | None]:
-        """The outputs of the student that these logits were made of, and how they were made."""
-        dtype = logits.dtype
-        root: Edge = logits.grad_fn, logits.output_nr
-        found = self._outputs_within(root, logits.shape)
-        outputs = list(found.values())
+    def _given_to(self, name: str, outputs: list[Output], given: Any) -> Any:
+        """What replays give to a term in the place of what the loop gave it."""
+        if isinstance(given, Tensor) and given.grad_fn is not None:
+            if found := self._outputs_within(name, given):
+                return self._made_of(name, given, found, outputs)
+        return _detached(given)
+
+    def _logits_made_of(self, logits: Tensor, outputs: list[Output]) -> Made:
+        """How the logits were made of outputs of the student, which are added to those known."""
+        found = self._outputs_within("student_logits", logits)
+        if not found:
+            raise ValueError(_not_followed("student_logits", logits))
         if self._to_logits is not None:
-            if len(calls := {id(output.call) for output in outputs}) > 1:
+            if len(calls := {id(output.call): output.call for output in found.values()}) > 1:
                 raise ValueError(
                     f"student_logits are made of {len(calls)} calls of the student and to_logits "
                     "is given, expected one: leave to_logits out."
                 )
-            named = Output(outputs[0].call, self._to_logits, logits.detach(), logits._version)
-            return [named], lambda z: z.to(dtype), None
+            (call,), dtype = calls.values(), logits.dtype
+            outputs.append(Output.of(call, self._to_logits, logits))
+            return Made([len(outputs) - 1], lambda z: z.to(dtype), None)
+        return self._made_of(
+            "student_logits", logits, found, outputs, class_dim=self._criterion.class_dim
+        )
+
+    def _made_of(
+        self, name: str, tensor: Tensor, found: Mapping[Edge, Output], outputs: list[Output],
+        class_dim: int | None = None,
+    ) -> Made:
+        """How a tensor was made of outputs found in its graph; adds them to those known.
+
+        Args:
+            class_dim: of what has to be made of a meta batch too.
+        """
+        outputs += [out for out in found.values() if all(out is not known for known in outputs)]
+        at = {id(output): i for i, output in enumerate(outputs)}
+        places, dtype = [at[id(output)] for output in found.values()], tensor.dtype
+        root: Edge = tensor.grad_fn, tensor.output_nr
         node, number = root
         while (node, number) not in found and node.name() == "ToCopyBackward0":
             node, number = node.next_functions[0]
-        if (node, number) in found and logits.device == outputs[0].value.device:
-            return outputs, lambda y: y.to(dtype), None
+        if (node, number) in found and tensor.device == found[node, number].device:
+            return Made(places, lambda y: y.to(dtype), None)
+        retraced: Retraced | Untraceable = Untraceable(name)
+        if class_dim is not None:
+            try:
+                retraced = Retraced(root, list(found), class_dim)
+            except Untraceable as reason:
+                retraced = reason
+            else:
+                if _gives(retraced, list(found.values()), tensor):
+                    return Made(places, retraced, retraced)
         try:
-            recorded = Recorded(logits, [GradientEdge(*edge) for edge in found])
+            recorded = Recorded(tensor, [GradientEdge(*edge) for edge in found])
         except RuntimeError as error:
-            raise ValueError(
-                "what the loop made of the student's output cannot be differentiated twice, "
+            instead = (
                 "expected logits that can: pass to_logits=, the function from the student's output "
-                "to the logits, or move it into the student."
+                "to the logits, or move it into the student"
+                if name == "student_logits"
+                else "expected what can: move it into the term's function, or into the student"
+            )
+            raise ValueError(
+                f"what the loop made of the student's output for {name} cannot be differentiated "
+                f"twice, {instead}."
             ) from error
-        retraced: Retraced | Untraceable
-        try:
-            retraced = Retraced(root, list(found), self._criterion.class_dim)
-        except Untraceable as reason:
-            retraced = reason
-        return outputs, recorded, retraced
+        return Made(places, recorded, retraced)
 
-    def _outputs_within(self, root: Edge, shape: torch.Size) -> dict[Edge, Output]:
-        """Where in the graph of logits outputs of the student stand."""
+    def _outputs_within(self, name: str, tensor: Tensor) -> dict[Edge, Output]:
+        """Where in the graph of a tensor outputs of the student stand."""
         found: dict[Edge, Output] = {}
+        root: Edge = tensor.grad_fn, tensor.output_nr
         stack, seen = [root], set()
         others = set()
         while stack:
@@ -527,14 +613,32 @@ class Recorder:
                 others.add(node.variable)
             else:
                 stack += reversed(node.next_functions)
-        if not found or any(leaf in self._structure.parameters for leaf in others):
-            raise ValueError(
-                f"student_logits of shape {tuple(shape)} are made of the student's parameters and "
-                "of no tensor that it returned since the last step, expected the student's own "
-                "output and what the loop makes of it: give the criterion what the wrapped student "
-                "returned, and call no part of it by itself."
-            )
+        if any(leaf in self._structure.parameters for leaf in others):
+            raise ValueError(_not_followed(name, tensor))
         return found
+
+
+def _gives(function: Retraced, outputs: Sequence[Output], tensor: Tensor) -> bool:
+    """Whether a function read off the graph is known to give a tensor of these outputs."""
+    values = [value for output in outputs if (value := output.unwritten) is not None]
+    if len(values) < len(outputs):
+        return False
+    with torch.no_grad():
+        actual = function(*values)
+    if tensor.device.type == "cpu":
+        return torch.equal(actual, tensor)
+    # comparing would wait for the device: only what is the same memory
+    same = actual.data_ptr() == tensor.data_ptr() and actual.shape == tensor.shape
+    return same and actual.stride() == tensor.stride() and actual.dtype == tensor.dtype
+
+
+def _not_followed(name: str, tensor: Tensor) -> str:
+    return (
+        f"{name} of shape {tuple(tensor.shape)} are made of the student's parameters and of no "
+        "tensor that it returned since the last step, expected the student's own output and what "
+        "the loop makes of it: give the criterion what the wrapped student returned, and call no "
+        "part of it by itself."
+    )
 
 
 def _check_hooks(params: Iterable[Tensor]) -> None:
@@ -549,11 +653,14 @@ def _check_hooks(params: Iterable[Tensor]) -> None:
             )
 
 
+def _detached(given: Any) -> Any:
+    return given.detach() if isinstance(given, Tensor) else given
+
+
 def _versions(
-    outputs: list[Output], teacher_logits: Tensor, targets: Tensor
+    outputs: list[Output], teacher_logits: Any, targets: Tensor, terms: dict[str, Any]
 ) -> list[tuple[str, Tensor, int]]:
     given = [(output.call.args, output.call.kwargs) for output in outputs]
-    inputs = [leaf for leaf in leaves_of(given) if isinstance(leaf, Tensor)]
-    named = [("an input", x) for x in inputs]
-    named += [("teacher_logits", teacher_logits), ("targets", targets)]
+    kinds = {"an input": given, "teacher_logits": teacher_logits, "targets": targets, **terms}
+    named = [(n, x) for n, of in kinds.items() for x in leaves_of(of) if isinstance(x, Tensor)]
     return [(name, x, x._version) for name, x in named if not x.is_inference()]

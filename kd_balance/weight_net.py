@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kd_balance.chunks import by_chunks
 from kd_balance.hard_losses import cross_entropy, log_prior
 from kd_balance.soft_losses import kl_divergence
+from kd_balance.top_k import TopK, dense
 
-Feature = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(student_logits [N, C], teacher_logits [N, C], targets [N] or [N, C]) -> [N]."""
+Feature = Callable[[Tensor, Any, Tensor], Tensor]
+"""(student_logits [N, C], teacher_logits [N, C], targets [N] or [N, C]) -> [N].
+
+With several teachers their logits are a mapping by name.
+"""
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -87,28 +94,44 @@ class LogFrequency(nn.Module):
 def compute_features(
     features: Sequence[str | Feature],
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopK | Mapping[str, Tensor | TopK],
     targets: Tensor,
+    losses: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """The features of every sample, detached.
 
     Args:
-        features: names in :data:`FEATURES`, or callables of the same signature.
+        features: names in :data:`FEATURES`, or callables of the same signature; with several
+            teachers ``large.kl`` is that of the teacher named so. The name of a term is its loss.
         student_logits: [N, C].
-        teacher_logits: [N, C].
+        teacher_logits: [N, C], or its largest; or several by name.
         targets: class indices [N] or class probabilities [N, C].
+        losses: [N] by the terms' names.
 
     Returns:
         [N, len(features)].
 
     Raises:
-        ValueError: a callable returned another shape than [N].
+        ValueError: a callable returned another shape than [N], or it is not said of which teacher.
     """
-    columns = []
+    columns, classes = [], student_logits.shape[1]
     with torch.no_grad():
         for feature in features:
-            function = FEATURES[feature] if isinstance(feature, str) else feature
-            column = function(student_logits, teacher_logits, targets)
+            teacher: Any = teacher_logits
+            if not isinstance(feature, str):
+                given = _of_all(teacher, classes)
+                column = feature(student_logits, given, targets)
+            elif feature in losses:
+                column = losses[feature]
+            else:
+                name, _, last = feature.rpartition(".")
+                if name or isinstance(teacher, Mapping):
+                    teacher = _of_teacher(name, last, teacher, student_logits)
+                function = FEATURES[last]
+                column = by_chunks(
+                    lambda s, t, y, f=function: f(s, dense(t, classes), y),
+                    student_logits, teacher, targets,
+                )
             if column.shape != student_logits.shape[:1]:
                 raise ValueError(
                     f"feature {feature!r} returned shape {tuple(column.shape)}, expected "
@@ -118,27 +141,54 @@ def compute_features(
         return torch.stack(columns, dim=1)
 
 
+def _of_all(teacher: Any, classes: int) -> Any:
+    """What a callable is given: the logits of all classes, of one teacher or of several."""
+    if isinstance(teacher, Mapping):
+        return {name: dense(logits, classes) for name, logits in teacher.items()}
+    return dense(teacher, classes)
+
+
+def _of_teacher(name: str, feature: str, teachers: Any, student: Tensor) -> Tensor | TopK:
+    if isinstance(teachers, Mapping) and name in teachers:
+        return teachers[name]
+    if not name and feature.startswith("student"):
+        return student  # which has no part in it
+    names = ", ".join(teachers) if isinstance(teachers, Mapping) else "one without a name"
+    raise ValueError(
+        f"feature {f'{name}.{feature}'.lstrip('.')!r} is of a teacher and there are: {names}; "
+        "expected to know of which, as 'large.kl' is the kl of the one named large."
+    )
+
+
+def _is_known(feature: str, teachers: Sequence[str]) -> bool:
+    name, _, feature = feature.rpartition(".")
+    return feature in FEATURES and (not name or name in teachers)
+
+
 class MetaWeightNet(nn.Module):
-    """A small network that gives every sample its own hard and soft weight.
+    """A small network that gives every sample its own weight for each term of the loss.
 
     Args:
         features: what it sees of a sample: names in :data:`kd_balance.weight_net.FEATURES`, or
             callables ``(student_logits [N, C], teacher_logits [N, C], targets) -> [N]`` such as
-            :class:`LogFrequency`. Those that are modules become part of the net.
+            :class:`LogFrequency`. Those that are modules become part of the net. The name of a
+            term is its loss; with several teachers ``large.kl`` is the kl of the one named so.
         hidden: widths of the hidden layers, tanh between them.
-        mean: the pair (hard weight, soft weight) that all samples begin with, or a number for
-            both. The average over the samples and the two losses stays what it is at the start:
+        mean: the weights that all samples begin with, one for each term, or a number for
+            all. The average over the samples and the terms stays what it is at the start:
             the net shares out weight between samples and losses, and has no say in the size of
             the loss as a whole, which a hypergradient through few steps would shrink. None leaves
             every weight free.
         ratio: with `mean`, how many times the smallest weight of a loss the largest can be.
+        terms: names of the loss's terms, as the criterion has them.
 
-    Calling it maps features [N, F] to weights [N, 2], (hard, soft), each in (0, 1) without `mean`.
-    A second argument, bool [N], names the samples that the average is taken over; by default all.
+    Calling it maps features [N, F] to weights [N, K], (hard, soft) or those of `terms`, each in
+    (0, 1) without `mean`. A second argument, bool [N] or [N, K], names what the average is taken
+    over; by default everything.
 
     Raises:
         ValueError: an unknown feature name, no feature, a width below one, a mean that is negative
-            or zero for both losses, or a ratio that is not above one.
+            or zero for all terms, or a ratio that is not above one.
 
     Example::
 
@@ -159,6 +209,7 @@ class MetaWeightNet(nn.Module):
         *,
         mean: float | Sequence[float] | None = None,
         ratio: float = 4.0,
+        terms: Sequence[str] = ("hard", "soft"),
     ) -> None:
         super().__init__()
         if isinstance(features, str) or not features:
@@ -166,19 +217,23 @@ class MetaWeightNet(nn.Module):
                 f"features is {features!r}, expected a tuple of at least one feature: write "
                 "features=('student_ce', 'teacher_ce') for example."
             )
+        if isinstance(terms, str):
+            raise ValueError(f"terms is {terms!r}, expected names such as ('hard', 'soft', 'map').")
         for feature in features:
-            if not callable(feature) and feature not in FEATURES:
+            if not (callable(feature) or feature in terms or _is_known(feature, terms)):
                 raise ValueError(
                     f"feature {feature!r} is unknown, expected one of {', '.join(FEATURES)}: "
                     "choose among these or give a callable."
                 )
         if any(width < 1 for width in hidden):
             raise ValueError(f"hidden is {tuple(hidden)}, expected widths of at least 1.")
-        split = tuple(mean) if isinstance(mean, Sequence) else (1.0 if mean is None else mean,) * 2
-        if len(split) != 2 or not min(split) >= 0 or not max(split) > 0:
+        count = len(terms)
+        each = 1.0 if mean is None else mean
+        split = tuple(each) if isinstance(each, Sequence) else (each,) * count
+        if len(split) != count or not min(split) >= 0 or not max(split) > 0:
             raise ValueError(
-                f"mean is {mean}, expected a positive number or a pair (hard weight, soft weight): "
-                "that of alpha=0.5 is 0.5."
+                f"mean is {mean}, expected a positive number or a weight for each of "
+                f"({', '.join(terms)}): that of alpha=0.5 is 0.5."
             )
         if not ratio > 1:
             raise ValueError(
@@ -189,6 +244,7 @@ class MetaWeightNet(nn.Module):
         self._split = split
         self.ratio = ratio
         self.features = tuple(features)
+        self.terms = tuple(terms)
         self.feature_modules = nn.ModuleList(
             feature for feature in features if isinstance(feature, nn.Module)
         )
@@ -196,7 +252,7 @@ class MetaWeightNet(nn.Module):
         layers: list[nn.Module] = []
         for inputs, outputs in zip(widths, widths[1:]):
             layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-        last = nn.Linear(widths[-1], 2)
+        last = nn.Linear(widths[-1], count)
         self.layers = nn.Sequential(*layers, last, nn.Sigmoid())
         if mean is not None:  # all samples alike
             nn.init.zeros_(last.weight)
@@ -207,11 +263,17 @@ class MetaWeightNet(nn.Module):
         if self.mean is None:
             return weights
         weights = weights + 1 / (self.ratio - 1)  # their size is no matter, the ratio is
-        hard, soft = self._split
-        if hard != soft:
-            weights = torch.stack((hard * weights[:, 0], soft * weights[:, 1]), dim=1)
+        split = self._split
+        if min(split) != max(split):
+            columns = zip(split, weights.unbind(1), strict=True)
+            weights = torch.stack([mean * column for mean, column in columns], dim=1)
         if kept is None:
-            return weights * (weights.numel() / 2 * (hard + soft) / weights.sum())
+            return weights * (len(weights) * sum(split) / weights.sum())
         # picking by a mask would wait for the device
-        total = torch.where(kept, weights.sum(1), 0.0).sum().clamp(min=1e-30)
-        return weights * (kept.sum() * (hard + soft) / total)
+        if kept.dim() == 1:
+            total, due = torch.where(kept, weights.sum(1), 0.0).sum(), kept.sum() * sum(split)
+        else:
+            total = torch.where(kept, weights, 0.0).sum()
+            counts = zip(split, kept.sum(0).unbind(), strict=True)
+            due = torch.stack([mean * number for mean, number in counts]).sum()
+        return weights * (due / total.clamp(min=1e-30))

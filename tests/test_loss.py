@@ -7,7 +7,14 @@ from torch import nn
 
 from kd_balance import MetaWeightNet, WeightedKDLoss
 from kd_balance.hard_losses import BalancedSoftmax
-from kd_balance.soft_losses import BalancedKL, DecoupledKD, FlattenedKL
+from kd_balance.soft_losses import (
+    BalancedKL,
+    DecoupledKD,
+    FlattenedKL,
+    GeneralizedJSD,
+    ReverseKL,
+    SkewedKL,
+)
 from kd_balance.weight_net import FEATURES, LogFrequency
 
 
@@ -111,6 +118,10 @@ OWN_LOSSES = {
     "flattened": {"soft_loss": FlattenedKL()},
     "balanced KL": {"soft_loss": BalancedKL([9, 5, 4, 2, 1])},
     "decoupled": {"soft_loss": DecoupledKD()},
+    "reverse": {"soft_loss": ReverseKL()},
+    "jsd": {"soft_loss": GeneralizedJSD(0.3, 2.0)},
+    "skewed": {"soft_loss": SkewedKL()},
+    "skewed reverse": {"soft_loss": SkewedKL(reverse=True)},
 }
 
 

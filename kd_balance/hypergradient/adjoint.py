@@ -125,7 +125,7 @@ class Adjoint:
         *,
         with_curvature: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """[N, 2] dL_meta/dw of a call, and the Hessian of its loss times `direction`."""
+        """[N, K] dL_meta/dw of a call, and the Hessian of its loss times `direction`."""
         if with_curvature and self._double_backward_works and not call.student_call.normalises:
             try:
                 return _double_backward(
@@ -188,6 +188,7 @@ def _forward_mode(
             [output.detach() for output in outputs],
             [torch.zeros_like(o) if t is None else t.detach() for o, t in zip(outputs, tangents)],
             invariants,
+            with_curvature,
         )
         if with_curvature:
             trained = [i for i, output in enumerate(dual_outputs) if output.requires_grad]
@@ -210,6 +211,7 @@ def _loss_tangents(
     outputs: list[Tensor],
     direction: list[Tensor],
     invariants: Invariants,
+    with_curvature: bool,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """In a direction of the outputs, the derivatives of the losses and of the outputs' gradients.
 
@@ -218,8 +220,8 @@ def _loss_tangents(
     and KL in Python.
 
     Returns:
-        The tangents of the losses [N, 2]; of every output the gradient of the result by it, and
-        that gradient's tangent.
+        The tangents of the losses [N, K]; with curvature, of every output the gradient of the
+        result by it, and that gradient's tangent.
     """
     with torch.enable_grad():
         for output in outputs:
@@ -227,24 +229,31 @@ def _loss_tangents(
         losses = call.losses(criterion, outputs)
         invariants.replayed(*call.replayed(outputs, losses))
         start = _by_losses(criterion, call, losses).requires_grad_()
-        gradients = torch.autograd.grad(losses, outputs, start, create_graph=True)
-        by_start, *by_outputs = torch.autograd.grad(
-            gradients, (start, *outputs), direction, allow_unused=True
+        gradients = torch.autograd.grad(
+            losses, outputs, start, create_graph=True, allow_unused=True
         )
+        used, along = zip(*((g, d) for g, d in zip(gradients, direction) if g is not None))
+        by_start, *tangents = torch.autograd.grad(
+            used, (start, *outputs) if with_curvature else (start,), along, allow_unused=True
+        )
+
+    def known(of: Tensor | None, output: Tensor) -> Tensor:
+        return torch.zeros_like(output) if of is None else of.detach()
+
     return by_start, [  # losses that are linear in the outputs have no second derivative
-        (gradient.detach(), torch.zeros_like(gradient) if tangent is None else tangent)
-        for gradient, tangent in zip(gradients, by_outputs, strict=True)
+        (known(gradient, output), known(tangent, output))
+        for gradient, tangent, output in zip(gradients, tangents, outputs)
     ]
 
 
 def _by_losses(criterion: WeightedKDLoss, call: CriterionCall, losses: Tensor) -> Tensor:
-    """[N, 2], the derivatives of what backward was called on by the losses."""
+    """[N, K], the derivatives of what backward was called on by the losses."""
     assert call.upstream is not None
     return call.weights * criterion.shares(call.upstream, losses.detach(), call.kept)
 
 
 def _by_weight(criterion: WeightedKDLoss, call: CriterionCall, losses: Tensor) -> Tensor:
-    """[N, 2], the derivatives of what backward was called on by the weights, given the losses."""
+    """[N, K], the derivatives of what backward was called on by the weights, given the losses."""
     assert call.upstream is not None
     return losses * criterion.shares(call.upstream, losses, call.kept)
 

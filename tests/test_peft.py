@@ -1,0 +1,110 @@
+"""A causal language model whose LoRA adapters alone train, padded and checkpointed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kd_balance import BilevelOptimizer, WeightedKDLoss
+from kd_balance.soft_losses import GeneralizedJSD
+from kd_balance.top_k import TopK
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+WORDS, BATCH, LENGTH = 23, 3, 6
+
+
+def student():
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(  # whose norms stay in float64
+        transformers.GPT2Config(
+            vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2, n_positions=LENGTH, use_cache=False,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )
+    adapters = peft.LoraConfig(
+        r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model, adapters).double()
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(param, std=0.1)
+    model.gradient_checkpointing_enable()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return model.train()
+
+
+def draw(generator):
+    """Token ids, their mask and labels, padded at different lengths."""
+    ids = torch.randint(WORDS, (BATCH, LENGTH), generator=generator)
+    mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [4], [5]])
+    return {
+        "input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)
+    }
+
+
+class Table(nn.Module):
+    """Weights that are parameters: a pair for each predicted token."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(0.3 + 0.4 * torch.rand(BATCH * (LENGTH - 1), 2).double())
+
+    def forward(self, features):
+        return self.weights
+
+
+def meta_loss(model, batch):
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"][:, 1:].flatten()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=-100)
+
+
+def run(unroll, nudge=None, engine=None, sparse=False):
+    model = student()
+    criterion = WeightedKDLoss(
+        Table(), temperature=2.0, class_dim=-1, soft_loss=GeneralizedJSD(0.3) if sparse else None
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.02, eps=1e-3)  # smooth where a gradient is small
+    generator = torch.Generator().manual_seed(1)
+    steps, meta = [draw(generator) for _ in range(unroll)], draw(generator)
+    meta_loss(model, draw(generator)).backward()
+    optimizer.step()
+    if nudge is not None:
+        criterion.weight_net.weights.data += nudge
+    if engine:
+        optimizer = BilevelOptimizer(
+            optimizer, model, criterion, [meta], engine=engine, unroll=unroll, every=unroll
+        )
+    for batch in steps:
+        teacher = 3 * torch.randn(BATCH, LENGTH, WORDS, generator=generator).double()
+        if sparse:
+            teacher = TopK(*(x[:, :-1] for x in teacher.log_softmax(-1).topk(4)))
+        else:
+            teacher = teacher[:, :-1]
+        optimizer.zero_grad()
+        given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        logits = model(**given).logits
+        criterion(logits[:, :-1], teacher, batch["labels"][:, 1:]).backward()
+        optimizer.step()
+    if engine:
+        return criterion.weight_net.weights.grad
+    with torch.no_grad():
+        return meta_loss(model, meta).item()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("unroll", [1, 2])
+@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
+def test_the_hypergradient_is_the_finite_difference(engine, unroll, sparse):
+    hypergradient = run(unroll, engine=engine, sparse=sparse)
+    direction = torch.randn(hypergradient.shape, generator=torch.Generator().manual_seed(2))
+
+    def difference(h):
+        up, down = (run(unroll, s * h * direction.double(), sparse=sparse) for s in (1, -1))
+        return (up - down) / (2 * h)
+
+    expected = (4 * difference(1e-3) - difference(2e-3)) / 3
+    assert (hypergradient * direction).sum().item() == pytest.approx(expected, rel=1e-5)
