@@ -13,7 +13,7 @@ counted by its cause and raised where waiting is allowed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,15 +135,21 @@ class Invariants:
         self,
         gradients: Mapping[str, Tensor],
         direction: Mapping[str, Tensor],
-        products: Iterable[Tensor],
+        total: Tensor,
+        size: Tensor,
     ) -> None:
-        """Compares ⟨gradient, λ⟩ with the products weights · dL_meta/dweights of all samples."""
+        """Compares ⟨gradient, λ⟩ with the products weights · dL_meta/dweights of all samples.
+
+        Args:
+            gradients: of the parameters, by name.
+            direction: λ, by name.
+            total, size: the sum of the products, and of their absolute values.
+        """
         names = [n for n in direction if n in gradients]
         own, λ = [gradients[n] for n in names], [direction[n] for n in names]
         if not names:
             return
-        parts = torch.cat([p.flatten() for p in products])
-        difference, size = (_inner(own, λ) - parts.sum()).abs(), parts.abs().sum()
+        difference = (_inner(own, λ) - total).abs()
         limit = _tolerance(GRADIENT, size.device, self.precision)
         if size.device.type == "cpu" and difference <= limit * size:
             return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from kd_balance.backward import ignore, watch
+from kd_balance.distributed import Ranks, called_module, through_sink
 from kd_balance.gradients import Gradients
 from kd_balance.hooks import WeakHook
 from kd_balance.logits import Edge, Recorded, Retraced, Untraceable
@@ -173,8 +174,10 @@ class Recorder:
         criterion: WeightedKDLoss,
         gradients: Gradients,
         to_logits: Callable[[Any], Tensor] | None,
+        ranks: Ranks,
     ) -> None:
         self._to_logits = to_logits
+        self._ranks = ranks
         self._mark = object()  # in graphs, which must not keep this object alive
         self._active = False
         self._uncompiled = False
@@ -188,9 +191,10 @@ class Recorder:
         self._kept: WeakSet[_Kept] = WeakSet()
         self._walking: dict[int, tuple[CriterionCall, Tensor]] | None = None
         self._forget()
+        called = called_module(student)
         self._handles = [
-            student.register_forward_pre_hook(WeakHook(self._before_student), with_kwargs=True),
-            student.register_forward_hook(WeakHook(self._after_student), with_kwargs=True),
+            called.register_forward_pre_hook(WeakHook(self._before_student), with_kwargs=True),
+            called.register_forward_hook(WeakHook(self._after_student), with_kwargs=True),
             criterion.register_forward_hook(WeakHook(self._after_criterion), with_kwargs=True),
         ]
 
@@ -367,6 +371,7 @@ class Recorder:
         self._criterion.follow(next(self._structure.student.parameters()).device)
         self._entered = None
         if self.active and torch.is_grad_enabled():
+            self._ranks.check_call(self._student, self._structure.parameters)
             self._entered = StudentCall.about_to_happen(
                 self._structure, args, kwargs, self._format
             )
@@ -471,7 +476,7 @@ class Recorder:
     ) -> tuple[list[Output], Callable[..., Tensor], Retraced | Untraceable | None]:
         """The outputs of the student that these logits were made of, and how they were made."""
         dtype = logits.dtype
-        root: Edge = logits.grad_fn, logits.output_nr
+        root: Edge = through_sink(logits.grad_fn, logits.output_nr)
         found = self._outputs_within(root, logits.shape)
         outputs = list(found.values())
         if self._to_logits is not None:
@@ -484,7 +489,7 @@ class Recorder:
             return [named], lambda z: z.to(dtype), None
         node, number = root
         while (node, number) not in found and node.name() == "ToCopyBackward0":
-            node, number = node.next_functions[0]
+            node, number = through_sink(*node.next_functions[0])
         if (node, number) in found and logits.device == outputs[0].value.device:
             return outputs, lambda y: y.to(dtype), None
         try:

@@ -1,0 +1,267 @@
+"""Several processes that train one student, each on its own share of the data.
+
+Student and weight net of all of them are those of one process whose loss is the mean of the ranks'
+losses and whose meta loss is the mean of the ranks' meta losses. DistributedDataParallel averages
+the gradients. What else depends on a rank's own data is averaged here: the gradient of the meta
+loss, its products with the Hessian at further steps, and the hypergradient. The rest follows from
+parameters, gradients and states, which are the same everywhere.
+
+No rank waits for one that has failed: before every exchange they tell each other whether they have
+come so far, and an error on one of them becomes an error on all at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kd_balance.invariants import Broken
+
+_BUCKET = 2**23  # numbers that are exchanged at once
+_FLAGS = 3  # that an agreement has room for, whatever is asked: a rank that fails does not know
+
+
+class Ranks:
+    """The processes that train a student. One by itself is the only rank, and exchanges nothing.
+
+    Args:
+        student: as it was given to the wrapper; those of its DistributedDataParallel are meant, or
+            else all.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self.rank, self.size = 0, 1
+        self._group: Any = None
+        self._agreements: Any = None
+        if not _is_distributed():
+            return
+        wrapper = _wrapper_of(student)
+        self._group = dist.group.WORLD if wrapper is None else wrapper.process_group
+        self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        if self.size > 1:  # on the CPU, where asking waits for no device, and in no other's way
+            self._agreements = dist.new_group(
+                dist.get_process_group_ranks(self._group),
+                backend="gloo",
+                use_local_synchronization=True,
+            )
+
+    def check_call(self, student: nn.Module, trained: Mapping[Tensor, str]) -> None:
+        """Looks at how the student is being called.
+
+        Args:
+            student: as it was given to the wrapper.
+            trained: the names of its parameters.
+
+        Raises:
+            ValueError: its gradients will not be the mean of the ranks' own.
+        """
+        wrapper = _wrapper_of(student) or DistributedDataParallel._get_active_ddp_module()
+        if wrapper is None:
+            processes = dist.get_world_size() if _is_distributed() else 1
+        else:
+            processes = dist.get_world_size(wrapper.process_group)
+        if processes != self.size:
+            raise ValueError(
+                f"the student runs in {processes} processes and BilevelOptimizer was made when it "
+                f"ran in {self.size}, expected as many: call torch.distributed.init_process_group "
+                "before it, and give it the module that DistributedDataParallel returned."
+            )
+        if self.size == 1:
+            return
+        if wrapper is None:
+            raise ValueError(
+                f"the student was called by itself in {self.size} processes, expected through "
+                "DistributedDataParallel, which averages its gradients: call the module that it "
+                "returned."
+            )
+        _check_wrapper(wrapper, trained)
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means over the ranks of tensors that have the same shapes on all."""
+        if self.size == 1:
+            return list(tensors)
+        self.agree()
+        means: dict[int, Tensor] = {}
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensors[i].detach().reshape(-1) for i in bucket]).div_(self.size)
+            dist.all_reduce(flat, group=self._group)
+            pieces = flat.split([tensors[i].numel() for i in bucket])
+            means.update((i, p.view(tensors[i].shape)) for i, p in zip(bucket, pieces))
+        return [means[i] for i in range(len(tensors))]
+
+    def mean_by_name(
+        self, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The same by name.
+
+        Args:
+            tensors: those that a rank has none of are zero there.
+            like: the names and shapes of all, the same on every rank.
+        """
+        if self.size == 1:
+            return dict(tensors)
+        whole = [tensors[n] if n in tensors else torch.zeros_like(t) for n, t in like.items()]
+        return dict(zip(like, self.mean(whole)))
+
+    def give_out(self, tensors: Sequence[Tensor]) -> None:
+        """Puts rank 0's values into the tensors of all."""
+        if self.size == 1:
+            return
+        self.agree()
+        source = dist.get_global_rank(self._group, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), source, group=self._group)
+
+    def collect(self, value: Any) -> list[Any]:
+        """The values of all ranks, any that can be pickled."""
+        if self.size == 1:
+            return [value]
+        self.agree()
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._agreements)
+        return values
+
+    def check_same(self, **settings: Any) -> None:
+        """Refuses settings that differ.
+
+        Raises:
+            ValueError: on all ranks.
+        """
+        for rank, others in enumerate(self.collect(settings)):
+            for name, value in settings.items():
+                if others[name] != value:
+                    raise ValueError(
+                        f"{name} is {value!r} on rank {self.rank} and {others[name]!r} on rank "
+                        f"{rank}, expected the same on all ranks."
+                    )
+
+    def everywhere(self, *flags: bool) -> list[bool]:
+        """Whether flags are set on all ranks."""
+        return self._ask(None, flags)
+
+    def agree(self) -> None:
+        """Waits for the other ranks to come to an exchange.
+
+        Raises:
+            ValueError, RuntimeError: what went wrong on one of them.
+        """
+        self._ask(None, ())
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What goes wrong on one rank within it goes wrong on all."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(RuntimeError):  # the others may be gone, which is not what went wrong
+                self._ask(error, ())
+            raise
+        self.agree()
+
+    def _ask(self, error: BaseException | None, flags: Sequence[bool]) -> list[bool]:
+        if self.size == 1:
+            return list(flags)
+        room = [True] * (_FLAGS - len(flags))
+        holds = torch.tensor([error is None, *flags, *room], dtype=torch.uint8)
+        dist.all_reduce(holds, dist.ReduceOp.MIN, group=self._agreements)
+        all_well, *answers = holds.bool().tolist()
+        if not all_well:
+            told: list[Any] = [None] * self.size
+            dist.all_gather_object(told, _telling(error), group=self._agreements)
+            if error is None:
+                raise next(_error_of(rank, *t) for rank, t in enumerate(told) if t is not None)
+        return answers[: len(flags)]
+
+
+def called_module(student: nn.Module) -> nn.Module:
+    """What sees the arguments and buffers of a call after DistributedDataParallel's own part."""
+    while isinstance(student, DistributedDataParallel):
+        student = student.module
+    return student
+
+
+def through_sink(node: Any, number: int) -> tuple[Any, int]:
+    """Where a tensor came from, DistributedDataParallel having passed it through a node or not."""
+    while node is not None and node.name() == "_DDPSinkBackward":
+        needs = node.needs_input_grad[1:]  # the first is no output of the student
+        edges = [edge for edge in node.next_functions if edge[0] is not None]
+        node, number = edges[sum(needs[:number])]
+    return node, number
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _wrapper_of(student: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel in what was given as student, which may be compiled."""
+    while not isinstance(student, DistributedDataParallel):
+        if not isinstance(student, torch._dynamo.OptimizedModule):
+            return None
+        student = student._orig_mod
+    return student
+
+
+def _check_wrapper(wrapper: DistributedDataParallel, trained: Mapping[Tensor, str]) -> None:
+    hook = wrapper._get_ddp_logging_data().get("comm_hook", "allreduce_hook")
+    if hook != "allreduce_hook":
+        raise ValueError(
+            f"DistributedDataParallel has the communication hook {hook}, expected plain means of "
+            "the ranks' gradients: register none, or allreduce_hook."
+        )
+    if wrapper.mixed_precision is not None:
+        raise ValueError(
+            "DistributedDataParallel was made with mixed_precision, expected the student to "
+            "compute with the parameters that the optimizer moves: use torch.autocast."
+        )
+    if wrapper._join_config.enable:
+        raise ValueError(
+            "the student was called within DistributedDataParallel.join, expected as many steps "
+            "on every rank: give each as many batches."
+        )
+    ignored = set(wrapper.parameters_to_ignore)
+    params = wrapper.module.named_parameters()
+    left_out = [n for n, p in params if n in ignored and p.requires_grad and p in trained]
+    if left_out:
+        raise ValueError(
+            f"DistributedDataParallel leaves out {left_out[0]}, whose gradients are then not the "
+            "same on all ranks, expected all parameters that are trained."
+        )
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of tensors of one format, of a bounded size in sum unless one is larger."""
+    by_format: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_format.setdefault((tensor.dtype, tensor.device), []).append(i)
+    for indices in by_format.values():
+        bucket: list[int] = []
+        held = 0
+        for i in indices:
+            if bucket and held + tensors[i].numel() > _BUCKET:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(i)
+            held += tensors[i].numel()
+        yield bucket
+
+
+def _telling(error: BaseException | None) -> tuple[str, str | None, bool] | None:
+    if error is None:
+        return None
+    text = str(error) or type(error).__name__
+    cause = error.cause if isinstance(error, Broken) else None
+    return text, cause, isinstance(error, ValueError)
+
+
+def _error_of(rank: int, text: str, cause: str | None, refused: bool) -> Exception:
+    text = text if text.startswith("on rank ") else f"on rank {rank}, {text}"
+    if cause is not None:
+        return Broken(cause, text)
+    return ValueError(text) if refused else RuntimeError(text)

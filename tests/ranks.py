@@ -1,0 +1,49 @@
+"""Programs run by several processes at once, as torchrun runs them, on gloo."""
+
+import os
+import tempfile
+import traceback
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 60  # seconds until a rank that waits for another one gives up
+
+
+def run(program, arguments, size=2):
+    """Calls ``program(argument, rank, size)`` for all arguments by name, in `size` processes.
+
+    Returns:
+        By name the results of all ranks, in which an exception stands for itself.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(
+            _work, (size, folder, program, arguments), nprocs=size, join=True
+        )
+        parts = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(size)]
+    return {name: [part[name] for part in parts] for name in arguments}
+
+
+def _work(rank, size, folder, program, arguments):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    results = {}
+    for number, (name, argument) in enumerate(arguments.items()):
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(f"{folder}/store{number}", size),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=PATIENCE),
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results[name] = program(argument, rank, size)
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            results[name] = error
+        dist.destroy_process_group()
+    torch.save(results, f"{folder}/{rank}")
