@@ -5,9 +5,19 @@ import tempfile
 import traceback
 import warnings
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+
+class Failure(NamedTuple):
+    """An exception, which need not be one that can be pickled."""
+
+    kind: type
+    text: str
+    traceback: str
+
 
 PATIENCE = 60  # seconds until a rank that waits for another one gives up
 
@@ -16,7 +26,7 @@ def run(program, arguments, size=2):
     """Calls ``program(argument, rank, size)`` for all arguments by name, in `size` processes.
 
     Returns:
-        By name the results of all ranks, in which an exception stands for itself.
+        By name the results of all ranks; a :class:`Failure` where an exception ended the program.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(
@@ -43,7 +53,6 @@ def _work(rank, size, folder, program, arguments):
                 warnings.simplefilter("ignore")
                 results[name] = program(argument, rank, size)
         except Exception as error:
-            error.add_note(traceback.format_exc())
-            results[name] = error
+            results[name] = Failure(type(error), str(error), traceback.format_exc())
         dist.destroy_process_group()
     torch.save(results, f"{folder}/{rank}")

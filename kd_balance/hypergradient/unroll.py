@@ -63,11 +63,11 @@ class Unroll:
                 loss = _training_loss(criterion, step, params, resting, invariants)
                 _take(step, loss, params, states, invariants, self._ranks)
             loss = meta_loss(params)
-        hypergradient = torch.autograd.grad(
+        parts = torch.autograd.grad(
             loss, criterion.phi, allow_unused=True, materialize_grads=True
         )
-        loss, *hypergradient = self._ranks.mean([loss, *hypergradient])
-        return loss.detach(), list(hypergradient)
+        loss, *hypergradient = self._ranks.mean([loss.detach(), *parts])
+        return loss, hypergradient
 
 
 def _training_loss(
