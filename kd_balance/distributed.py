@@ -24,7 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from kd_balance.invariants import Broken
 
 _BUCKET = 2**23  # numbers that are exchanged at once
-_FLAGS = 3  # that an agreement has room for, whatever is asked: a rank that fails does not know
+_NONE = (True,) * 4  # as many flags as are ever told: a rank that fails knows not what is asked
+
+
+class FailedElsewhere(RuntimeError):
+    """What went wrong on another rank, if it is no refusal."""
 
 
 class Ranks:
@@ -39,6 +43,7 @@ class Ranks:
         self.rank, self.size = 0, 1
         self._group: Any = None
         self._agreements: Any = None
+        self._all_know = False  # of an error, told in the last exchange
         if not _is_distributed():
             return
         wrapper = _wrapper_of(student)
@@ -59,9 +64,11 @@ class Ranks:
             trained: the names of its parameters.
 
         Raises:
-            ValueError: its gradients will not be the mean of the ranks' own.
+            ValueError: it is not whole, or its gradients will not be the mean of the ranks' own.
         """
-        wrapper = _wrapper_of(student) or DistributedDataParallel._get_active_ddp_module()
+        check_whole(student)
+        inside = DistributedDataParallel._get_active_ddp_module()
+        wrapper = inside or _wrapper_of(called_module(student))
         if wrapper is None:
             processes = dist.get_world_size() if _is_distributed() else 1
         else:
@@ -141,42 +148,72 @@ class Ranks:
                         f"{rank}, expected the same on all ranks."
                     )
 
-    def everywhere(self, *flags: bool) -> list[bool]:
-        """Whether flags are set on all ranks."""
-        return self._ask(None, flags)
+    def begin_step(self, one: bool, other: bool) -> list[bool]:
+        """Whether two flags are set on all ranks, which take the same step.
+
+        Raises:
+            ValueError: another rank gave the step up.
+        """
+        if self.size == 1:
+            return [one, other]
+        *answers, all_begin, _ = self._ask(None, (one, other, True, False))
+        if not all_begin:
+            raise self._parted()
+        return answers
+
+    def give_up_step(self) -> None:
+        """The gradients of a step are dropped, on all ranks.
+
+        Raises:
+            ValueError: another rank takes the step.
+        """
+        if self.size == 1:
+            return
+        *_, all_give_up = self._ask(None, (True, True, False, True))
+        if not all_give_up:
+            raise self._parted()
+
+    def _parted(self) -> ValueError:
+        self._all_know = True
+        return ValueError(
+            "one rank dropped the gradients of a step that another one took, expected the same "
+            "steps on all ranks: skip a step on all of them or on none."
+        )
 
     def agree(self) -> None:
         """Waits for the other ranks to come to an exchange.
 
         Raises:
-            ValueError, RuntimeError: what went wrong on one of them.
+            ValueError, FailedElsewhere: what went wrong on one of them.
         """
         self._ask(None, ())
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """What goes wrong on one rank within it goes wrong on all."""
+        self._all_know = False
         try:
             yield
         except BaseException as error:
-            with suppress(RuntimeError):  # the others may be gone, which is not what went wrong
-                self._ask(error, ())
+            if not self._all_know:  # the others have left what they were within
+                with suppress(RuntimeError):  # or are gone, which is not what went wrong
+                    self._ask(error, ())
             raise
         self.agree()
 
     def _ask(self, error: BaseException | None, flags: Sequence[bool]) -> list[bool]:
         if self.size == 1:
             return list(flags)
-        room = [True] * (_FLAGS - len(flags))
-        holds = torch.tensor([error is None, *flags, *room], dtype=torch.uint8)
+        holds = torch.tensor([error is None, *(flags or _NONE)], dtype=torch.uint8)
         dist.all_reduce(holds, dist.ReduceOp.MIN, group=self._agreements)
         all_well, *answers = holds.bool().tolist()
+        self._all_know = not all_well
         if not all_well:
             told: list[Any] = [None] * self.size
             dist.all_gather_object(told, _telling(error), group=self._agreements)
             if error is None:
                 raise next(_error_of(rank, *t) for rank, t in enumerate(told) if t is not None)
-        return answers[: len(flags)]
+        return answers
 
 
 def called_module(student: nn.Module) -> nn.Module:
@@ -193,6 +230,21 @@ def through_sink(node: Any, number: int) -> tuple[Any, int]:
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         node, number = edges[sum(needs[:number])]
     return node, number
+
+
+def check_whole(student: nn.Module) -> None:
+    """Looks whether this process holds all of the student.
+
+    Raises:
+        ValueError: its parameters are spread over several processes.
+    """
+    flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in student.modules())
+    if flat or any(hasattr(param, "device_mesh") for param in student.parameters()):
+        raise ValueError(
+            f"the student's parameters are {'flat shards' if flat else 'DTensors'}, as of FSDP, "
+            "tensor or pipeline parallelism, expected whole ones in every process: train it in "
+            "DistributedDataParallel."
+        )
 
 
 def _is_distributed() -> bool:
@@ -264,4 +316,4 @@ def _error_of(rank: int, text: str, cause: str | None, refused: bool) -> Excepti
     text = text if text.startswith("on rank ") else f"on rank {rank}, {text}"
     if cause is not None:
         return Broken(cause, text)
-    return ValueError(text) if refused else RuntimeError(text)
+    return ValueError(text) if refused else FailedElsewhere(text)

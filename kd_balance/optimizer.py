@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping
-from kd_balance.distributed import Ranks
+from kd_balance.distributed import FailedElsewhere, Ranks, check_whole
 from kd_balance.gradient_transform import GradientFunction, transformed
 from kd_balance.gradients import Gradients, copies
 from kd_balance.hypergradient import ENGINES
@@ -156,6 +156,7 @@ class BilevelOptimizer(Optimizer):
         weight_net = _weight_net_of(criterion)
         whole = JointOptimizer(optimizer) if isinstance(optimizer, (list, tuple)) else optimizer
         _check_optimizer(whole, method, step_derivative)
+        check_whole(student)
         _check_one_device(student)
         module = replayable(student)
         _check_modules(module)
@@ -363,7 +364,7 @@ class BilevelOptimizer(Optimizer):
 
     def _take_watched_step(self, closure: Callable[[], Any] | None) -> None:
         recording = self._recorder.take()
-        none, recording.alone = self._ranks.everywhere(not recording.calls, recording.alone)
+        none, recording.alone = self._ranks.begin_step(not recording.calls, recording.alone)
         if none and self._looked:
             self._unrelated_step(closure)
             return
@@ -697,6 +698,8 @@ class BilevelOptimizer(Optimizer):
                     engine(self.criterion, steps, meta_loss, before, self._invariants)
                 self._invariants.settle()
                 self._invariants.check()
+        except FailedElsewhere:
+            raise
         except RuntimeError as error:
             raise ValueError(
                 "the hypergradient could not be computed, expected a student whose operators have "

@@ -268,6 +268,8 @@ class Recorder:
 
     def gradients_cleared(self) -> None:
         """Forgets the calls whose gradients are gone."""
+        if self._recording.calls:
+            self._ranks.give_up_step()
         for call in self._recording.calls:
             call.upstream, call.reached = None, None
         self._forget()

@@ -1,18 +1,27 @@
 """Several processes train what one process trains on all the data, in float64 to rounding."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _MixedPrecision
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
+from kd_balance.check import check_hypergradient
 from tests import ranks
 from tests.students import (
     EVERY_STEP,
+    MLP,
     OPTIMIZERS,
     Run,
     logits_of,
@@ -76,6 +85,7 @@ SETTINGS = {
     "GradScaler, lookahead": Setting(
         loop="scaled", bilevel={"grad_scaler": True, "method": "lookahead"}
     ),
+    "an overflow on one rank": Setting(loop="overflowing", bilevel=THREE),
     "autocast": Setting(loop="autocast", bilevel=THREE, dtype=torch.float32, tolerance=1e-3),
     "find_unused_parameters": Setting(
         "branching", bilevel=THREE, ddp={"find_unused_parameters": True}
@@ -105,6 +115,13 @@ class Program:
             for _ in range(STEPS)
         ]
         meta = [[(run.inputs(7), run.labels(7)) for _ in range(size)] for _ in range(STEPS)]
+        meta_forward = None
+        if rank is None or setting.student == "transformer":
+            meta_forward = _one_after_the_other
+            meta = [list(enumerate(batches)) for batches in meta]
+        if rank is not None:
+            meta = [b[rank] if meta_forward is None else b[rank : rank + 1] for b in meta]
+        self.meta = meta
         self.student = self.called = run.student
         torch.manual_seed(rank or 0)
         net = MetaWeightNet(hidden=(8,), **setting.net).to(setting.dtype)
@@ -122,8 +139,8 @@ class Program:
             OPTIMIZERS[setting.optimizer](self.student.parameters()),
             self.called,
             self.criterion,
-            meta if rank is None else [batches[rank] for batches in meta],
-            meta_forward=_one_after_the_other if rank is None else None,
+            meta,
+            meta_forward=meta_forward,
             **{**EVERY_STEP, "meta_optimizer": torch.optim.Adam(net.parameters(), 0.1),
                **bilevel},
         )
@@ -161,21 +178,49 @@ class Program:
     def scaled(self, rank, *batch):
         self.scaler.scale(self.loss(*batch)).backward()
 
+    def overflowing(self, rank, *batch):
+        overflows = rank == 1 and self.step in (1, 5)
+        self.scaler.scale(self.loss(*batch) * (torch.inf if overflows else 1)).backward()
+
     def autocast(self, rank, *batch):
         with torch.autocast("cpu", torch.bfloat16):
             loss = self.loss(*batch)
         loss.backward()
+
+    def never_averaged(self, rank, *batch):
+        with self.called.no_sync():
+            self.loss(*batch).backward()
+
+    def without_loss(self, rank, inputs, teacher_logits, labels):
+        output = self.called(inputs)
+        loss = output.sum() if rank else self.criterion(output, teacher_logits, labels)
+        loss.backward()
+
+    def not_a_number(self, rank, inputs, teacher_logits, labels):
+        self.loss(inputs * torch.nan if rank else inputs, teacher_logits, labels).backward()
+
+    def dropped(self, rank, *batch):
+        self.loss(*batch).backward()
+        if rank and self.step == 3:
+            self.optimizer.zero_grad()
+            self.loss(*batch).backward()
+
+    def overwritten(self, rank, inputs, teacher_logits, labels):
+        self.loss(inputs, teacher_logits, labels).backward()
+        if rank:
+            inputs.zero_()
 
     def loss(self, inputs, teacher_logits, labels):
         output = logits_of(self.called(inputs))
         return self.criterion(output, teacher_logits, labels) / len(self.ranks)
 
     def train(self):
-        for shards in self.shards:
+        for self.step, shards in enumerate(self.shards):
             self.optimizer.zero_grad()
             for rank in self.ranks:
+                torch.manual_seed(rank)
                 getattr(self, self.setting.loop)(rank, *shards[rank])
-            if self.setting.loop == "scaled":
+            if self.setting.loop in ("scaled", "overflowing"):
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             else:
@@ -188,8 +233,11 @@ class Program:
 
 
 def _one_after_the_other(student, batches):
-    logits = torch.cat([logits_of(student(inputs)) for inputs, _ in batches])
-    return logits, torch.cat([labels for _, labels in batches])
+    logits = []
+    for rank, (inputs, _) in batches:
+        torch.manual_seed(rank)
+        logits.append(logits_of(student(inputs)))
+    return torch.cat(logits), torch.cat([labels for _, (_, labels) in batches])
 
 
 def train(setting, rank, size):
@@ -203,13 +251,102 @@ def found():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_ranks_train_what_one_process_trains(name, found):
-    for result in found[name]:
+    assert_trained_alike(SETTINGS[name], found[name])
+
+
+def test_four_ranks_train_what_one_process_trains():
+    settings = {name: SETTINGS[name] for name in ("tied, uneven", "paper, adamw", "batch norm")}
+    for name, results in ranks.run(train, settings, 4).items():
+        assert_trained_alike(settings[name], results)
+
+
+def assert_trained_alike(setting, results):
+    for result in results:
         assert not isinstance(result, ranks.Failure), result.traceback
-    expected = train(SETTINGS[name], None, SIZE)
-    first, *others = found[name]
+    expected = train(setting, None, len(results))
+    first, *others = results
     assert first["metrics"]["meta_updates"] > 0
     for part in ("student", "weight net"):
         for other in others:
             assert all(map(torch.equal, first[part], other[part]))
-        assert relative_error(first[part], expected[part]) < SETTINGS[name].tolerance
-    assert first["metrics"] == pytest.approx(expected["metrics"], rel=SETTINGS[name].tolerance)
+        assert relative_error(first[part], expected[part]) < setting.tolerance
+    assert first["metrics"] == pytest.approx(expected["metrics"], rel=setting.tolerance)
+
+
+class FullDisk:
+    def __iter__(self):
+        raise OSError("the disk is full")
+
+
+REFUSED = {
+    "called by itself": "the student was called by itself in 2 processes",
+    "a hook that rounds": "communication hook fp16_compress_hook",
+    "a hook of torch's own that rounds": "communication hook BuiltinCommHookType.FP16_COMPRESS",
+    "mixed precision": "made with mixed_precision",
+    "a parameter left out": "leaves out fc1.bias",
+    "uneven numbers of steps": "within DistributedDataParallel.join",
+    "never averaged": "the gradients differ from the criterion's own",
+    "without loss": "no result of the criterion went through backward",
+    "not a number": "the criterion returned nan",
+    "overwritten": "an input of shape .* was written in place",
+    "dropped": "one rank dropped the gradients of a step that another one took",
+    "sharded": "the student's parameters are DTensors",
+    "checked": "check_hypergradient was called in 2 processes",
+    "an error in the meta loader": "the disk is full",
+    "labels out of range": "the meta loss could not be computed",
+    "other settings": "every is [12] on rank [01] and [12] on rank [01]",
+    "begun later": "runs in 2 processes and BilevelOptimizer was made when it ran in 1",
+}
+
+
+def refuse(name, rank, size):
+    """Runs a script that cannot work, most often for what rank 1 does."""
+    loop = name.replace(" ", "_")
+    loop = loop if hasattr(Program, loop) else "plain"
+    bilevel = {"every": 1 + rank} if name == "other settings" else {}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception) as error:
+        if name == "a parameter left out":
+            patch.setattr(MLP, "_ddp_params_and_buffers_to_ignore", ["fc1.bias"], raising=False)
+        if name == "begun later":
+            patch.setattr("kd_balance.distributed._is_distributed", lambda: False)
+        program = Program(Setting(loop=loop, bilevel=bilevel), rank, size)
+        patch.undo()
+        if name == "a hook that rounds":
+            program.called.register_comm_hook(None, fp16_compress_hook)
+        if name == "a hook of torch's own that rounds":
+            program.called._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+        if name == "mixed precision":  # cannot be made on a CPU
+            program.called.mixed_precision = _MixedPrecision(param_dtype=torch.float32)
+        if name == "sharded":
+            student = fully_shard(MLP(), mesh=init_device_mesh("cpu", (size,)))
+            optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+            BilevelOptimizer(optimizer, student, program.criterion, program.meta)
+        if name == "checked":
+            check_hypergradient(program.optimizer, print, [])
+        if name == "called by itself":
+            program.called = program.student
+        if name == "labels out of range" and rank == 1:
+            program.meta[0][1].fill_(99)
+        if name == "an error in the meta loader" and rank == 1:
+            program.optimizer._meta_set._loader = FullDisk()
+        before = [p.detach().clone() for p in program.student.parameters()]
+        joined = name == "uneven numbers of steps"
+        with Join([program.called]) if joined else nullcontext():
+            program.train()
+    late = name in ("other settings", "dropped", "sharded", "checked")
+    moved = not late and not all(map(torch.equal, before, program.student.parameters()))
+    return str(error.value), moved
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    return ranks.run(refuse, {name: name for name in REFUSED}, SIZE)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_on_every_rank(name, refusals):
+    for result in refusals[name]:
+        assert not isinstance(result, ranks.Failure), result.traceback
+        text, moved = result
+        assert re.search(REFUSED[name], text)
+        assert not moved
