@@ -50,8 +50,10 @@ class Ranks:
         self._group = dist.group.WORLD if wrapper is None else wrapper.process_group
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
         if self.size > 1:  # on the CPU, where asking waits for no device, and in no other's way
+            backend = self._group._get_backend(self._group._device_types[0])
             self._agreements = dist.new_group(
                 dist.get_process_group_ranks(self._group),
+                timeout=backend.options._timeout,
                 backend="gloo",
                 use_local_synchronization=True,
             )

@@ -5,6 +5,8 @@
 3. The gradient stepped along is the recorded one. With λ the derivative of the meta loss by it,
    ⟨gradient, λ⟩ = Σ weights · dL_meta/dweights, where the criterion alone reached the gradient.
 
+And a fourth of several processes: the weight net is the same on all of them.
+
 Each costs a few sums over numbers that are there anyway. On a CPU a failure raises at once. On an
 accelerator it must not wait: the hypergradient becomes nan, which skips it, and the failure is
 counted by its cause and raised where waiting is allowed.
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 REPLAY, WEIGHTS, FACTOR = "replay", "weights", "factor"
-STEP, WINDOW, GRADIENT = "step", "window", "gradient"
+STEP, WINDOW, GRADIENT, RANKS = "step", "window", "gradient", "ranks"
 
 _BROKEN = {
     REPLAY: (
@@ -54,6 +56,11 @@ _BROKEN = {
         "torch.no_grad() around parameters within the student's forward, and changes of gradients "
         "or of parameters between the forward pass and step()."
     ),
+    RANKS: (
+        "this rank's weight net differs by {error:.1g} (relative) from the mean of all ranks', "
+        "expected the same one everywhere: load checkpoints on every rank, and let the "
+        "meta_optimizer alone move it."
+    ),
 }
 _TOLERANCE = {
     REPLAY: (1e-6, 1e-3, 5e-2),
@@ -62,6 +69,7 @@ _TOLERANCE = {
     STEP: (1e-6, 1e-3, 5e-2),
     WINDOW: (1e-12, 1e-6, 1e-2),
     GRADIENT: (1e-6, 1e-3, 5e-2),
+    RANKS: (1e-12, 1e-6, 1e-2),
 }  # in float64, float32 and less; ten times the second on accelerators, for TF32
 _WIDE = {torch.float32, torch.float64}
 
@@ -163,6 +171,10 @@ class Invariants:
         if names:
             pair = [replayed[n] for n in names], [gradients[n] for n in names]
             self._compare(GRADIENT, *pair, self.precision)
+
+    def shared(self, phi: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
+        """Compares the weight net's parameters with their mean over the ranks."""
+        self._compare(RANKS, phi, mean, phi[0].dtype)
 
     def forget(self) -> None:
         """Gives up what was collected."""

@@ -176,6 +176,7 @@ class BilevelOptimizer(Optimizer):
             criterion.phi, lr=_RATE * max(1.0, every / UNROLL), weight_decay=1e-4
         )
         self._meta_set = MetaSet(meta_loader)
+        self._positions: list[Any] = []
         self._objective = MetaObjective(module, criterion, meta_loss, teacher, meta_forward)
         self._bias_by_teacher = teacher is not None and criterion.teacher_bias is not None
         if self._bias_by_teacher:
@@ -213,6 +214,7 @@ class BilevelOptimizer(Optimizer):
         )
         self._invariants = Invariants()
         self._ended: dict[str, Tensor] = {}  # the parameters that the window's last step left
+        self._share_position()
         _watching.add(self)
         self._open_window()
 
@@ -470,7 +472,7 @@ class BilevelOptimizer(Optimizer):
             "weight_net": self._weight_net.state_dict(),
             "teacher_bias": self.criterion.teacher_bias,
             "meta_optimizer": self.meta_optimizer.state_dict(),
-            "meta_set": self._meta_set.state_dict(),
+            "meta_sets": self._positions or [self._meta_set.state_dict()],
             "steps": self._steps,
             "meta_updates": self._meta_updates,
             "meta_loss_start": self._meta_loss_start,
@@ -484,7 +486,7 @@ class BilevelOptimizer(Optimizer):
         """Loads what :meth:`state_dict` returned, or a checkpoint of the bare optimizer."""
         plain = dict(state_dict)
         meta_state = plain.pop("kd_balance", None)
-        self.optimizer.load_state_dict(plain)
+        self.optimizer.load_state_dict(_by_index(plain))
         self._forget_window()
         self._recorder.forget()
         if meta_state is None:
@@ -495,11 +497,20 @@ class BilevelOptimizer(Optimizer):
             )
             return
         self._weight_net.load_state_dict(meta_state["weight_net"])
-        teacher_bias = meta_state["teacher_bias"]
+        teacher_bias = meta_state.get("teacher_bias")
         if self.criterion.teacher_bias is not None and teacher_bias is not None:
             self.criterion.teacher_bias = teacher_bias.to(self.criterion.teacher_bias)
-        self.meta_optimizer.load_state_dict(meta_state["meta_optimizer"])
-        self._meta_set.load_state_dict(meta_state["meta_set"])
+        self.meta_optimizer.load_state_dict(_by_index(meta_state["meta_optimizer"]))
+        positions = meta_state["meta_sets"]
+        if len(positions) == self._ranks.size:
+            self._meta_set.load_state_dict(positions[self._ranks.rank])
+            self._positions = positions if self._ranks.size > 1 else []
+        else:
+            warnings.warn(
+                f"The checkpoint was written by {len(positions)} processes and is loaded by "
+                f"{self._ranks.size}: their meta batches begin anew.",
+                stacklevel=2,
+            )
         self._steps = meta_state["steps"]
         self._meta_updates = meta_state["meta_updates"]
         self._meta_loss_start = meta_state["meta_loss_start"]
@@ -583,6 +594,7 @@ class BilevelOptimizer(Optimizer):
     def _look_at_first_step(self, inner: InnerStep) -> None:
         """Goes through a meta update of this step alone: what cannot work shows at once."""
         meta_loss = self._objective.on(self._meta_set.peek(), inner.calls[-1])
+        self._share_position()
         self._try_out([inner], meta_loss)
 
     def _recorded_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
@@ -595,6 +607,7 @@ class BilevelOptimizer(Optimizer):
     def _bilevel_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """The step at the end of a window: student and weight net both move."""
         batch = self._meta_set.draw()
+        self._share_position()
         meta_loss = self._objective.on(batch, inner.calls[-1])
         steps = [*self._window, inner]
         for step in steps:
@@ -619,6 +632,11 @@ class BilevelOptimizer(Optimizer):
             else:
                 self._student_step(closure)
         self._forget_window()
+
+    def _share_position(self) -> None:
+        """Tells all ranks where this one's meta loader is, so that any checkpoint will do."""
+        if self._ranks.size > 1:
+            self._positions = self._ranks.collect(self._meta_set.state_dict())
 
     def _try_out(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
@@ -722,6 +740,8 @@ class BilevelOptimizer(Optimizer):
         loss, hypergradient = self._engine(
             self.criterion, steps, meta_loss, after, self._invariants
         )
+        if self._ranks.size > 1:
+            self._invariants.shared(self.criterion.phi, self._ranks.mean(self.criterion.phi))
         holds = self._invariants.settle()
         norm = torch.stack(torch._foreach_norm(hypergradient)).norm()
         finite = norm.isfinite() if holds is None else norm.isfinite() & holds
@@ -865,6 +885,19 @@ def _weight_net_of(criterion: WeightedKDLoss) -> nn.Module:
             "optimizer."
         )
     return criterion.weight_net
+
+
+def _by_index(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state by numbers, which torch.distributed.checkpoint turns into strings."""
+    found = dict(state_dict)
+    if "state" in found:
+        found["state"] = {
+            int(k) if isinstance(k, str) and k.isdigit() else k: v
+            for k, v in found["state"].items()
+        }
+    if "optimizers" in found:
+        found["optimizers"] = [_by_index(part) for part in found["optimizers"]]
+    return found
 
 
 def _supersede_wrapper_of(student: nn.Module) -> None:

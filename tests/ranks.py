@@ -1,5 +1,6 @@
 """Programs run by several processes at once, as torchrun runs them, on gloo."""
 
+import gc
 import os
 import tempfile
 import traceback
@@ -19,28 +20,31 @@ class Failure(NamedTuple):
     traceback: str
 
 
-PATIENCE = 60  # seconds until a rank that waits for another one gives up
+PATIENCE = 20  # seconds until a rank that waits for another one gives up
 
 
-def run(program, arguments, size=2):
-    """Calls ``program(argument, rank, size)`` for all arguments by name, in `size` processes.
+def run(programs, size=2):
+    """Calls ``program(argument, rank, size)`` for all programs by name, in `size` processes.
+
+    Args:
+        programs: pairs of a program and its argument.
 
     Returns:
         By name the results of all ranks; a :class:`Failure` where an exception ended the program.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(
-            _work, (size, folder, program, arguments), nprocs=size, join=True
+            _work, (size, folder, programs), nprocs=size, join=True
         )
         parts = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(size)]
-    return {name: [part[name] for part in parts] for name in arguments}
+    return {name: [part[name] for part in parts] for name in programs}
 
 
-def _work(rank, size, folder, program, arguments):
+def _work(rank, size, folder, programs):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     results = {}
-    for number, (name, argument) in enumerate(arguments.items()):
+    for number, (name, (program, argument)) in enumerate(programs.items()):
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(f"{folder}/store{number}", size),
@@ -54,5 +58,6 @@ def _work(rank, size, folder, program, arguments):
                 results[name] = program(argument, rank, size)
         except Exception as error:
             results[name] = Failure(type(error), str(error), traceback.format_exc())
+        gc.collect()  # what a script holds keeps its connections open
         dist.destroy_process_group()
     torch.save(results, f"{folder}/{rank}")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -18,8 +19,10 @@ from torch.nn.parallel.distributed import _MixedPrecision
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.check import check_hypergradient
+from kd_balance.data import BalancedBatches
 from tests import ranks
 from tests.students import (
+    CLASSES,
     EVERY_STEP,
     MLP,
     OPTIMIZERS,
@@ -245,8 +248,14 @@ def train(setting, rank, size):
 
 
 @pytest.fixture(scope="module")
-def found():
-    return ranks.run(train, SETTINGS, SIZE)
+def found(tmp_path_factory):
+    """What two ranks make of all programs of this file."""
+    programs = {
+        **{name: (train, setting) for name, setting in SETTINGS.items()},
+        **{name: (refuse, name) for name in REFUSED},
+        **{name: (resume, (name, tmp_path_factory.mktemp("checkpoints"))) for name in RESUMED},
+    }
+    return ranks.run(programs, SIZE)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -255,9 +264,9 @@ def test_ranks_train_what_one_process_trains(name, found):
 
 
 def test_four_ranks_train_what_one_process_trains():
-    settings = {name: SETTINGS[name] for name in ("tied, uneven", "paper, adamw", "batch norm")}
-    for name, results in ranks.run(train, settings, 4).items():
-        assert_trained_alike(settings[name], results)
+    names = ("tied, uneven", "paper, adamw", "batch norm")
+    for name, results in ranks.run({n: (train, SETTINGS[n]) for n in names}, 4).items():
+        assert_trained_alike(SETTINGS[name], results)
 
 
 def assert_trained_alike(setting, results):
@@ -338,15 +347,74 @@ def refuse(name, rank, size):
     return str(error.value), moved
 
 
-@pytest.fixture(scope="module")
-def refusals():
-    return ranks.run(refuse, {name: name for name in REFUSED}, SIZE)
-
-
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_work_is_refused_on_every_rank(name, refusals):
-    for result in refusals[name]:
+def test_what_cannot_work_is_refused_on_every_rank(name, found):
+    for result in found[name]:
         assert not isinstance(result, ranks.Failure), result.traceback
         text, moved = result
         assert re.search(REFUSED[name], text)
         assert not moved
+
+
+class Resumable(Program):
+    """A script that draws its meta batches from another seed on every rank."""
+
+    def __init__(self, rank, size):
+        bilevel = {"every": 2, "accumulate": 2}
+        super().__init__(Setting(optimizer="adamw", bilevel=bilevel), rank, size)
+        inputs, labels = Run(seed=1).inputs(40), torch.arange(40) % CLASSES
+        self.optimizer.close()
+        self.optimizer = BilevelOptimizer(
+            self.optimizer.optimizer,
+            self.called,
+            self.criterion,
+            BalancedBatches(inputs, labels, batch_size=7, seed=rank or 0),
+            **{**EVERY_STEP, **bilevel},
+        )
+
+    def state_dict(self):
+        return {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state):
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+RESUMED = ("the first rank's checkpoint", "torch.distributed.checkpoint")
+SAVED = 5
+
+
+def resume(argument, rank, size):
+    """A run, and one that is broken off and goes on from a checkpoint."""
+    name, folder = argument
+    whole = Resumable(rank, size).train()
+    first = Resumable(rank, size)
+    del first.shards[SAVED:]
+    first.train()
+    if name == "torch.distributed.checkpoint":
+        dist.checkpoint.save(first.state_dict(), checkpoint_id=folder / "parts")
+        if rank == 0:
+            dcp_to_torch_save(folder / "parts", folder / "whole")
+    elif rank == 0:
+        torch.save(first.state_dict(), folder / "whole")
+    dist.barrier()
+    second = Resumable(rank, size)
+    del second.shards[:SAVED]
+    second.load(torch.load(folder / "whole"))
+    return whole, second.train(), folder / "whole"
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one(name, found):
+    for result in found[name]:
+        assert not isinstance(result, ranks.Failure), result.traceback
+        whole, resumed, _ = result
+        torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_another_number_of_ranks_goes_on_from_a_checkpoint(found):
+    whole, _, path = found[RESUMED[0]][0]
+    alone = Resumable(None, 1)
+    with pytest.warns(UserWarning, match="written by 2 processes and is loaded by 1"):
+        alone.load(torch.load(path))
+    assert alone.train()["metrics"]["meta_updates"] > whole["metrics"]["meta_updates"] / 2
