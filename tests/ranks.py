@@ -1,6 +1,5 @@
 """Programs run by several processes at once, as torchrun runs them, on gloo."""
 
-import gc
 import os
 import tempfile
 import traceback
@@ -58,6 +57,5 @@ def _work(rank, size, folder, programs):
                 results[name] = program(argument, rank, size)
         except Exception as error:
             results[name] = Failure(type(error), str(error), traceback.format_exc())
-        gc.collect()  # what a script holds keeps its connections open
         dist.destroy_process_group()
     torch.save(results, f"{folder}/{rank}")

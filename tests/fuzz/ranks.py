@@ -11,6 +11,7 @@ student and weight net on all.
 
 import argparse
 import collections
+import gc
 import random
 import time
 
@@ -128,12 +129,14 @@ def draw(seed):
 
 def befall(case, rank, size):
     start = time.monotonic()
-    found = error = None
+    found = error = program = None
     try:
         program = Faulty(case, rank, size)
         found = program.train()
     except Exception as e:
         error = f"{type(e).__name__}: {e}"
+    del program
+    gc.collect()  # a process that exits closes its connections
     return found, error, time.monotonic() - start
 
 
