@@ -115,8 +115,9 @@ class Ranks:
         """
         if self.size == 1:
             return dict(tensors)
-        whole = [tensors[n] if n in tensors else torch.zeros_like(t) for n, t in like.items()]
-        return dict(zip(like, self.mean(whole)))
+        names = sorted(like)  # ranks may hold them in different orders
+        whole = [tensors[n] if n in tensors else torch.zeros_like(like[n]) for n in names]
+        return dict(zip(names, self.mean(whole)))
 
     def give_out(self, tensors: Sequence[Tensor]) -> None:
         """Puts rank 0's values into the tensors of all."""

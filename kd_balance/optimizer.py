@@ -28,7 +28,7 @@ from kd_balance.inner_step import (
     runs_unhooked,
 )
 from kd_balance.invariants import GRADIENT, REPLAY, Broken, Invariants, distance
-from kd_balance.joint import JointOptimizer, parts
+from kd_balance.joint import JointOptimizer, parts, shares_out
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import CriterionCall, Recorder, Recording
@@ -156,6 +156,11 @@ class BilevelOptimizer(Optimizer):
         weight_net = _weight_net_of(criterion)
         whole = JointOptimizer(optimizer) if isinstance(optimizer, (list, tuple)) else optimizer
         _check_optimizer(whole, method, step_derivative)
+        if shares_out(whole) and engine == "unroll":
+            raise ValueError(
+                "optimizer is a ZeroRedundancyOptimizer and engine is 'unroll', expected engine "
+                "'adjoint': the graph of the whole inner run needs the states of all processes."
+            )
         check_whole(student)
         _check_one_device(student)
         module = replayable(student)
@@ -395,6 +400,7 @@ class BilevelOptimizer(Optimizer):
             plain_sgd=self.step_derivative == "sgd"
             or (self.method == "paper" and self._window_position == self.every - 1),
             finite_difference=self.step_derivative == "finite_difference",
+            ranks=self._ranks,
         )
         accumulated = self._gradients.accumulated(self._names, scale)
         ids = {name: id(param) for param, name in self._names.items()}

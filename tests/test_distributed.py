@@ -1,5 +1,6 @@
 """Several processes train what one process trains on all the data, in float64 to rounding."""
 
+import inspect
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 
@@ -41,6 +43,7 @@ class Setting:
 
     student: str = "mlp"
     loop: str = "plain"
+    zero: bool = False
     optimizer: str = "sgd-momentum"
     batch: tuple[int, ...] = (6, 6, 6, 6)  # by rank
     bilevel: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +105,17 @@ SETTINGS = {
     "gradient_as_bucket_view, lookahead": Setting(
         loop="no_sync", bilevel={"method": "lookahead"}, ddp={"gradient_as_bucket_view": True}
     ),
+    **{
+        f"ZeRO, {optimizer}, {name}": Setting(optimizer=optimizer, zero=True, bilevel=bilevel)
+        for optimizer in ("sgd-momentum", "adamw")
+        for name, bilevel in {
+            "three steps": THREE,
+            "finite differences": {"step_derivative": "finite_difference"},
+            "lookahead": {"method": "lookahead"},
+            "paper": {"method": "paper"},
+        }.items()
+    },
+    "ZeRO, clipped": Setting("conv", loop="clipped", zero=True, bilevel=THREE),
     "small buckets": Setting("conv", bilevel=THREE, ddp={"bucket_cap_mb": 1e-4}),
 }
 
@@ -139,7 +153,7 @@ class Program:
             bilevel["grad_scaler"] = self.scaler
         self.criterion = WeightedKDLoss(net, temperature=2.0)
         self.optimizer = BilevelOptimizer(
-            OPTIMIZERS[setting.optimizer](self.student.parameters()),
+            self.student_optimizer(shared=setting.zero and rank is not None),
             self.called,
             self.criterion,
             meta,
@@ -147,6 +161,14 @@ class Program:
             **{**EVERY_STEP, "meta_optimizer": torch.optim.Adam(net.parameters(), 0.1),
                **bilevel},
         )
+
+    def student_optimizer(self, shared):
+        optimizer = OPTIMIZERS[self.setting.optimizer](self.student.parameters())
+        if not shared:
+            return optimizer
+        accepted = inspect.signature(type(optimizer)).parameters
+        options = {k: v for k, v in optimizer.defaults.items() if k in accepted}
+        return ZeroRedundancyOptimizer(self.student.parameters(), type(optimizer), **options)
 
     def plain(self, rank, inputs, teacher_logits, labels):
         self.loss(inputs, teacher_logits, labels).backward()
