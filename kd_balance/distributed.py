@@ -104,6 +104,14 @@ class Ranks:
             means.update((i, p.view(tensors[i].shape)) for i, p in zip(bucket, pieces))
         return [means[i] for i in range(len(tensors))]
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks of a tensor that has the same shape on all."""
+        total = tensor.detach().clone()
+        if self.size > 1:
+            self.agree()
+            dist.all_reduce(total, group=self._group)
+        return total
+
     def mean_by_name(
         self, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:

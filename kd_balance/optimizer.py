@@ -165,7 +165,7 @@ class BilevelOptimizer(Optimizer):
         _check_one_device(student)
         module = replayable(student)
         _check_modules(module)
-        self._structure = Structure(module)
+        self._structure = Structure(module, self._ranks if self._ranks.size > 1 else None)
         _check_parameters(whole, self._names, weight_net)
 
         self.optimizer = whole

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.nn.functional import all_reduce
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
@@ -116,6 +117,13 @@ SETTINGS = {
         }.items()
     },
     "ZeRO, clipped": Setting("conv", loop="clipped", zero=True, bilevel=THREE),
+    "SyncBatchNorm": Setting("conv", loop="synchronised", bilevel=THREE),
+    "SyncBatchNorm, unrolled": Setting(
+        "conv", loop="synchronised", bilevel={"engine": "unroll", **THREE}
+    ),
+    "SyncBatchNorm, lookahead": Setting(
+        "conv", loop="synchronised", bilevel={"method": "lookahead"}
+    ),
     "small buckets": Setting("conv", bilevel=THREE, ddp={"bucket_cap_mb": 1e-4}),
 }
 
@@ -135,6 +143,8 @@ class Program:
         meta_forward = None
         if rank is None or setting.student == "transformer":
             meta_forward = _one_after_the_other
+            if setting.loop == "synchronised":
+                meta_forward = _at_once
             meta = [list(enumerate(batches)) for batches in meta]
         if rank is not None:
             meta = [b[rank] if meta_forward is None else b[rank : rank + 1] for b in meta]
@@ -147,6 +157,8 @@ class Program:
                 for tensor in self.student.state_dict().values():
                     tensor += rank
             self.called = DistributedDataParallel(self.student, **setting.ddp)
+            if setting.loop == "synchronised":  # which DistributedDataParallel refuses on a CPU
+                nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         bilevel = dict(setting.bilevel)
         if bilevel.get("grad_scaler"):
@@ -235,6 +247,14 @@ class Program:
         if rank:
             inputs.zero_()
 
+    def synchronised(self, rank, *batch):
+        if len(self.ranks) == 1:
+            self.loss(*batch).backward()
+        elif rank == 0:  # the batches of all, at once
+            output = self.called(torch.cat([shard[0] for shard in self.shards[self.step]]))
+            rest = (torch.cat(parts) for parts in list(zip(*self.shards[self.step]))[1:])
+            self.criterion(output, *rest).backward()
+
     def loss(self, inputs, teacher_logits, labels):
         output = logits_of(self.called(inputs))
         return self.criterion(output, teacher_logits, labels) / len(self.ranks)
@@ -265,8 +285,25 @@ def _one_after_the_other(student, batches):
     return torch.cat(logits), torch.cat([labels for _, (_, labels) in batches])
 
 
+def _at_once(student, batches):
+    inputs, labels = (torch.cat(parts) for parts in zip(*(batch for _, batch in batches)))
+    return student(inputs), labels
+
+
 def train(setting, rank, size):
-    return Program(setting, rank, size).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.SyncBatchNorm, "forward", sync_batch_norm)
+        return Program(setting, rank, size).train()
+
+
+def sync_batch_norm(module, x):
+    """What torch's SyncBatchNorm computes, which does not run on a CPU."""
+    over, shape = (0, 2, 3), (1, -1, 1, 1)
+    count = SIZE * x.numel() / x.shape[1]
+    mean = all_reduce(x.sum(over)) / count
+    variance = all_reduce((x - mean.view(shape)).square().sum(over)) / count
+    x = (x - mean.view(shape)) * (variance + module.eps).rsqrt().view(shape)
+    return x * module.weight.view(shape) + module.bias.view(shape)
 
 
 @pytest.fixture(scope="module")
