@@ -747,7 +747,9 @@ class BilevelOptimizer(Optimizer):
             self.criterion, steps, meta_loss, after, self._invariants
         )
         if self._ranks.size > 1:
-            self._invariants.shared(self.criterion.phi, self._ranks.mean(self.criterion.phi))
+            norms = torch._foreach_norm([p.detach() for p in self._names])
+            told = torch.cat([t.detach().double().flatten() for t in (*norms, *self.criterion.phi)])
+            self._invariants.shared(told, *self._ranks.mean([told]))
         holds = self._invariants.settle()
         norm = torch.stack(torch._foreach_norm(hypergradient)).norm()
         finite = norm.isfinite() if holds is None else norm.isfinite() & holds

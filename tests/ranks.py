@@ -19,7 +19,7 @@ class Failure(NamedTuple):
     traceback: str
 
 
-PATIENCE = 20  # seconds until a rank that waits for another one gives up
+PATIENCE = 60  # seconds until a rank that waits for another one gives up
 
 
 def run(programs, size=2):

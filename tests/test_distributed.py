@@ -242,6 +242,11 @@ class Program:
             self.optimizer.zero_grad()
             self.loss(*batch).backward()
 
+    def parameters_changed(self, rank, *batch):
+        if rank and self.step == 3:
+            self.student.fc1.weight.data.mul_(1.01)
+        self.loss(*batch).backward()
+
     def overwritten(self, rank, inputs, teacher_logits, labels):
         self.loss(inputs, teacher_logits, labels).backward()
         if rank:
@@ -363,6 +368,7 @@ REFUSED = {
     "an error in the meta loader": "the disk is full",
     "labels out of range": "the meta loss could not be computed",
     "other settings": "every is [12] on rank [01] and [12] on rank [01]",
+    "parameters changed": "this rank's student or weight net differs by",
     "begun later": "runs in 2 processes and BilevelOptimizer was made when it ran in 1",
 }
 
@@ -372,6 +378,8 @@ def refuse(name, rank, size):
     loop = name.replace(" ", "_")
     loop = loop if hasattr(Program, loop) else "plain"
     bilevel = {"every": 1 + rank} if name == "other settings" else {}
+    if name == "parameters changed":  # at a step that nothing watches
+        bilevel = {"every": 3}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception) as error:
         if name == "a parameter left out":
             patch.setattr(MLP, "_ddp_params_and_buffers_to_ignore", ["fc1.bias"], raising=False)
@@ -401,7 +409,7 @@ def refuse(name, rank, size):
         joined = name == "uneven numbers of steps"
         with Join([program.called]) if joined else nullcontext():
             program.train()
-    late = name in ("other settings", "dropped", "sharded", "checked")
+    late = name in ("parameters changed", "other settings", "dropped", "sharded", "checked")
     moved = not late and not all(map(torch.equal, before, program.student.parameters()))
     return str(error.value), moved
 

@@ -20,7 +20,7 @@ import torch
 from tests import ranks
 from tests.test_distributed import Program, Setting
 
-STEPS, LATEST, SECONDS = 9, 4, 10
+STEPS, LATEST, SECONDS = 9, 4, 30
 HARMLESS = ("nothing", "an empty batch", "another loss")
 
 
@@ -85,7 +85,8 @@ class Faulty(Program):
             self.student.fc1.weight.data.mul_(2)
         if self.is_now("the weight net is changed"):
             self.criterion.phi[0].data.add_(1)
-        if self.is_now("the gradients are dropped"):
+        # elsewhere DistributedDataParallel's own passes no longer meet
+        if self.is_now("the gradients are dropped") and self.optimizer._recorder.active:
             self.optimizer.zero_grad()
             self.criterion(self.called(inputs), teacher_logits, labels).backward()
 
