@@ -317,6 +317,7 @@ def found(tmp_path_factory):
     programs = {
         **{name: (train, setting) for name, setting in SETTINGS.items()},
         **{name: (refuse, name) for name in REFUSED},
+        "bias": (find_bias, None),
         **{name: (resume, (name, tmp_path_factory.mktemp("checkpoints"))) for name in RESUMED},
     }
     return ranks.run(programs, SIZE)
@@ -445,6 +446,23 @@ class Resumable(Program):
     def load(self, state):
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def find_bias(_, rank, size):
+    """What is found of the teacher in each rank's own meta batches."""
+    program = Program(Setting(), rank, size)
+    criterion = WeightedKDLoss.long_tailed([90, 40, 10, 5, 2])
+    teacher = MLP().double()
+    BilevelOptimizer(
+        program.student_optimizer(shared=False), program.called, criterion,
+        [(inputs + rank, labels) for inputs, labels in program.meta], teacher=teacher,
+    )
+    return criterion.teacher_bias
+
+
+def test_the_teacher_s_bias_is_the_first_rank_s(found):
+    first, other = found["bias"]
+    assert first.any() and torch.equal(first, other)
 
 
 RESUMED = ("the first rank's checkpoint", "torch.distributed.checkpoint")
