@@ -1,6 +1,6 @@
 """Scripts in the words of accelerate, Lightning and the Hugging Face Trainer.
 
-    torchrun --standalone --nproc-per-node 2 -m tests.frameworks lightning FOLDER
+    torchrun --standalone --nproc-per-node 2 -m tests.frameworks FOLDER lightning …
 
 Each leaves its student's and weight net's parameters in FOLDER, as ``<script><rank>``.
 """
@@ -93,6 +93,7 @@ def huggingface(folder, alone):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    name, folder = sys.argv[1:]
-    found = globals()[name](folder, alone=False)
-    torch.save([p.detach() for p in found], f"{folder}/{name}{os.environ['RANK']}")
+    folder, *names = sys.argv[1:]
+    for name in names:
+        found = globals()[name](folder, alone=False)
+        torch.save([p.detach() for p in found], f"{folder}/{name}{os.environ['RANK']}")

@@ -1,5 +1,6 @@
 """Programs run by several processes at once, as torchrun runs them, on gloo."""
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -32,8 +33,10 @@ def run(programs, size=2):
         By name the results of all ranks; a :class:`Failure` where an exception ended the program.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            _work, (size, folder, programs), nprocs=size, join=True
+        # a server imports what all need once, and is not the process that tests have run in
+        multiprocessing.set_forkserver_preload(["tests.test_distributed"])
+        torch.multiprocessing.start_processes(
+            _work, (size, folder, programs), nprocs=size, start_method="forkserver"
         )
         parts = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(size)]
     return {name: [part[name] for part in parts] for name in programs}
