@@ -81,7 +81,8 @@ def check_hypergradient(
 
     Raises:
         RuntimeError: the hypergradient does not predict the meta loss.
-        ValueError: the loop was refused, as in training, or `batches` are too few.
+        ValueError: the loop was refused, as in training, `batches` are too few, or there are
+            several processes.
 
     Example::
 
@@ -97,6 +98,11 @@ def check_hypergradient(
     Source: central differences, extrapolated as by Ridders, "Accurate computation of F'(x) and
     F'(x)F''(x)", Advances in Engineering Software 4(2), 1982.
     """
+    if (size := optimizer._ranks.size) > 1:
+        raise ValueError(
+            f"check_hypergradient was called in {size} processes, expected one: check the loop "
+            "there, with the same arguments it is exact in several."
+        )
     snapshot = Snapshot(optimizer, step)
     try:
         window = _Window(optimizer, step, batches, snapshot)

@@ -5,6 +5,8 @@
 3. The gradient stepped along is the recorded one. With λ the derivative of the meta loss by it,
    ⟨gradient, λ⟩ = Σ weights · dL_meta/dweights, where the criterion alone reached the gradient.
 
+And a fourth of several processes: student and weight net are the same on all of them.
+
 Each costs a few sums over numbers that are there anyway. On a CPU a failure raises at once. On an
 accelerator it must not wait: the hypergradient becomes nan, which skips it, and the failure is
 counted by its cause and raised where waiting is allowed.
@@ -13,7 +15,7 @@ counted by its cause and raised where waiting is allowed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from kd_balance.terms import of_terms
 
 REPLAY, WEIGHTS, FACTOR = "replay", "weights", "factor"
-STEP, WINDOW, GRADIENT = "step", "window", "gradient"
+STEP, WINDOW, GRADIENT, RANKS = "step", "window", "gradient", "ranks"
 
 _BROKEN = {
     REPLAY: (
@@ -56,6 +58,11 @@ _BROKEN = {
         "torch.no_grad() around parameters within the student's forward, and changes of gradients "
         "or of parameters between the forward pass and step()."
     ),
+    RANKS: (
+        "this rank's student or weight net differs by {error:.1g} (relative) from the mean of all "
+        "ranks', expected the same everywhere: load checkpoints on every rank, and let nothing but "
+        "step() move them."
+    ),
 }
 _TOLERANCE = {
     REPLAY: (1e-6, 1e-3, 5e-2),
@@ -64,6 +71,7 @@ _TOLERANCE = {
     STEP: (1e-6, 1e-3, 5e-2),
     WINDOW: (1e-12, 1e-6, 1e-2),
     GRADIENT: (1e-6, 1e-3, 5e-2),
+    RANKS: (1e-9, 1e-9, 1e-9),
 }  # in float64, float32 and less; ten times the second on accelerators, for TF32
 _WIDE = {torch.float32, torch.float64}
 
@@ -137,15 +145,21 @@ class Invariants:
         self,
         gradients: Mapping[str, Tensor],
         direction: Mapping[str, Tensor],
-        products: Iterable[Tensor],
+        total: Tensor,
+        size: Tensor,
     ) -> None:
-        """Compares ⟨gradient, λ⟩ with the products weights · dL_meta/dweights of all samples."""
+        """Compares ⟨gradient, λ⟩ with the products weights · dL_meta/dweights of all samples.
+
+        Args:
+            gradients: of the parameters, by name.
+            direction: λ, by name.
+            total, size: the sum of the products, and of their absolute values.
+        """
         names = [n for n in direction if n in gradients]
         own, λ = [gradients[n] for n in names], [direction[n] for n in names]
         if not names:
             return
-        parts = torch.cat([p.flatten() for p in products])
-        difference, size = (_inner(own, λ) - parts.sum()).abs(), parts.abs().sum()
+        difference = (_inner(own, λ) - total).abs()
         limit = _tolerance(GRADIENT, size.device, self.precision)
         if size.device.type == "cpu" and difference <= limit * size:
             return
@@ -159,6 +173,10 @@ class Invariants:
         if names:
             pair = [replayed[n] for n in names], [gradients[n] for n in names]
             self._compare(GRADIENT, *pair, self.precision)
+
+    def shared(self, numbers: Tensor, mean: Tensor) -> None:
+        """Compares numbers that tell student and weight net with their mean over the ranks."""
+        self._compare(RANKS, [numbers], [mean], numbers.dtype)
 
     def forget(self) -> None:
         """Gives up what was collected."""

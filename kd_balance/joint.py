@@ -1,4 +1,7 @@
-"""Several optimizers over parts of one student, as Muon and its companion AdamW are, as one."""
+"""Several optimizers over parts of one student, as Muon and its companion AdamW are, as one.
+
+And one whose states several processes share out between them, each of which steps its own part.
+"""
 
 from __future__ import annotations
 
@@ -109,5 +112,23 @@ class _States(Mapping[Tensor, Any]):
 
 
 def parts(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that it steps: itself, or several."""
+    """The optimizers that it steps in this process: itself, several, or that of its own share."""
+    if isinstance(optimizer, JointOptimizer):
+        return [part for each in optimizer.optimizers for part in parts(each)]
+    if shares_out(optimizer):
+        whole: Any = optimizer
+        whole._sync_param_groups(whole.param_groups, whole.optim.param_groups)  # as step() does
+        return [whole.optim]
+    return [optimizer]
+
+
+def wholes(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that it steps, with the parameters of all processes."""
     return optimizer.optimizers if isinstance(optimizer, JointOptimizer) else [optimizer]
+
+
+def shares_out(optimizer: Optimizer) -> bool:
+    """Whether other processes hold states of it, as with torch's ZeroRedundancyOptimizer."""
+    if isinstance(optimizer, JointOptimizer):
+        return any(map(shares_out, optimizer.optimizers))
+    return type(optimizer).__name__ == "ZeroRedundancyOptimizer"

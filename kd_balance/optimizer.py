@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping
+from kd_balance.distributed import FailedElsewhere, Ranks, check_whole
 from kd_balance.gradient_transform import GradientFunction, transformed
 from kd_balance.gradients import Gradients, copies
 from kd_balance.hypergradient import ENGINES
@@ -28,7 +29,7 @@ from kd_balance.inner_step import (
     runs_unhooked,
 )
 from kd_balance.invariants import GRADIENT, REPLAY, Broken, Invariants, distance
-from kd_balance.joint import JointOptimizer, parts
+from kd_balance.joint import JointOptimizer, parts, shares_out
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import CriterionCall, Recorder, Recording
@@ -135,6 +136,7 @@ class BilevelOptimizer(Optimizer):
         to_logits: Callable[[Any], Tensor] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        self._ranks = Ranks(student)  # before any refusal, which the others then learn of
         _check_choice("method", method, METHODS)
         _check_choice("engine", engine, tuple(ENGINES))
         _check_choice("step_derivative", step_derivative, DERIVATIVES)
@@ -156,10 +158,16 @@ class BilevelOptimizer(Optimizer):
         weight_net = _weight_net_of(criterion)
         whole = JointOptimizer(optimizer) if isinstance(optimizer, (list, tuple)) else optimizer
         _check_optimizer(whole, method, step_derivative)
-        _check_single_process(student)
+        if shares_out(whole) and engine == "unroll":
+            raise ValueError(
+                "optimizer is a ZeroRedundancyOptimizer and engine is 'unroll', expected engine "
+                "'adjoint': the graph of the whole inner run needs the states of all processes."
+            )
+        check_whole(student)
+        _check_one_device(student)
         module = replayable(student)
         _check_modules(module)
-        self._structure = Structure(module)
+        self._structure = Structure(module, self._ranks if self._ranks.size > 1 else None)
         _check_parameters(whole, self._names, weight_net)
 
         self.optimizer = whole
@@ -175,13 +183,20 @@ class BilevelOptimizer(Optimizer):
             criterion.phi, lr=_RATE * max(1.0, every / UNROLL), weight_decay=1e-4
         )
         self._meta_set = MetaSet(meta_loader)
+        self._positions: list[Any] = []
         self._objective = MetaObjective(module, criterion, meta_loss, teacher, meta_forward)
         self._bias_by_teacher = teacher is not None and criterion.teacher_bias is not None
         if self._bias_by_teacher:
-            with self._meta_set.look_ahead() as batches:
+            with self._ranks.together(), self._meta_set.look_ahead() as batches:
                 criterion.find_teacher_bias(map(self._objective.by_teacher, batches))
+        self._ranks.check_same(
+            method=method, engine=engine, unroll=unroll, every=every, accumulate=accumulate,
+            step_derivative=step_derivative, optimizer=type(whole).__name__,
+            weight_net=[(name, tuple(t.shape)) for name, t in weight_net.state_dict().items()],
+        )
+        self._ranks.give_out([*criterion.parameters(), *criterion.buffers()])
         self._engine_name = engine
-        self._engine = ENGINES[engine]()
+        self._engine = ENGINES[engine](self._ranks)
         self._grad_scaler = grad_scaler
         self._weight_net = weight_net
         self._steps = 0
@@ -202,10 +217,11 @@ class BilevelOptimizer(Optimizer):
         _supersede_wrapper_of(module)
         self._gradients = Gradients(self._structure, whole)
         self._recorder = Recorder(
-            student, self._structure, criterion, self._gradients, to_logits
+            student, self._structure, criterion, self._gradients, to_logits, self._ranks
         )
         self._invariants = Invariants()
         self._ended: dict[str, Tensor] = {}  # the parameters that the window's last step left
+        self._share_position()
         _watching.add(self)
         self._open_window()
 
@@ -334,21 +350,8 @@ class BilevelOptimizer(Optimizer):
         """A step that a hypergradient will pass through."""
         self._moved = False
         try:
-            recording = self._recorder.take()
-            if not recording.calls and self._looked:
-                self._unrelated_step(closure)
-                return
-            self._recorder.active = False
-            self._structure.refresh()  # layers may have been replaced
-            with _modes_of_our_own(next(self._weight_net.parameters()).device):
-                inner = self._inner_step(recording)
-                if not self._in_window:
-                    self._look_at_first_step(inner)
-                    self._student_step(closure)
-                elif self._window_position == self.every - 1:
-                    self._bilevel_step(inner, closure)
-                else:
-                    self._recorded_step(inner, closure)
+            with self._ranks.together():
+                self._take_watched_step(closure)
         except BaseException as error:
             self._recorder.forget()
             self._invariants.forget()
@@ -368,6 +371,25 @@ class BilevelOptimizer(Optimizer):
                 self._recorder.active = True
             raise
 
+    def _take_watched_step(self, closure: Callable[[], Any] | None) -> None:
+        recording = self._recorder.take()
+        none, recording.alone = self._ranks.begin_step(not recording.calls, recording.alone)
+        if none and self._looked:
+            self._unrelated_step(closure)
+            return
+        self._recorder.active = False
+        self._structure.refresh()  # layers may have been replaced
+        with _modes_of_our_own(next(self._weight_net.parameters()).device):
+            inner = self._inner_step(recording)
+            if not self._in_window:
+                self._look_at_first_step(inner)
+                self._ranks.agree()
+                self._student_step(closure)
+            elif self._window_position == self.every - 1:
+                self._bilevel_step(inner, closure)
+            else:
+                self._recorded_step(inner, closure)
+
     def _inner_step(self, recording: Recording) -> InnerStep:
         """What the coming step is made of."""
         self._check_calls(recording)
@@ -380,6 +402,7 @@ class BilevelOptimizer(Optimizer):
             plain_sgd=self.step_derivative == "sgd"
             or (self.method == "paper" and self._window_position == self.every - 1),
             finite_difference=self.step_derivative == "finite_difference",
+            ranks=self._ranks,
         )
         accumulated = self._gradients.accumulated(self._names, scale)
         ids = {name: id(param) for param, name in self._names.items()}
@@ -459,7 +482,7 @@ class BilevelOptimizer(Optimizer):
             "weight_net": self._weight_net.state_dict(),
             "teacher_bias": self.criterion.teacher_bias,
             "meta_optimizer": self.meta_optimizer.state_dict(),
-            "meta_set": self._meta_set.state_dict(),
+            "meta_sets": self._positions or [self._meta_set.state_dict()],
             "steps": self._steps,
             "meta_updates": self._meta_updates,
             "meta_loss_start": self._meta_loss_start,
@@ -473,7 +496,7 @@ class BilevelOptimizer(Optimizer):
         """Loads what :meth:`state_dict` returned, or a checkpoint of the bare optimizer."""
         plain = dict(state_dict)
         meta_state = plain.pop("kd_balance", None)
-        self.optimizer.load_state_dict(plain)
+        self.optimizer.load_state_dict(_by_index(plain))
         self._forget_window()
         self._recorder.forget()
         if meta_state is None:
@@ -484,11 +507,20 @@ class BilevelOptimizer(Optimizer):
             )
             return
         self._weight_net.load_state_dict(meta_state["weight_net"])
-        teacher_bias = meta_state["teacher_bias"]
+        teacher_bias = meta_state.get("teacher_bias")
         if self.criterion.teacher_bias is not None and teacher_bias is not None:
             self.criterion.teacher_bias = teacher_bias.to(self.criterion.teacher_bias)
-        self.meta_optimizer.load_state_dict(meta_state["meta_optimizer"])
-        self._meta_set.load_state_dict(meta_state["meta_set"])
+        self.meta_optimizer.load_state_dict(_by_index(meta_state["meta_optimizer"]))
+        positions = meta_state["meta_sets"]
+        if len(positions) == self._ranks.size:
+            self._meta_set.load_state_dict(positions[self._ranks.rank])
+            self._positions = positions if self._ranks.size > 1 else []
+        else:
+            warnings.warn(
+                f"The checkpoint was written by {len(positions)} processes and is loaded by "
+                f"{self._ranks.size}: their meta batches begin anew.",
+                stacklevel=2,
+            )
         self._steps = meta_state["steps"]
         self._meta_updates = meta_state["meta_updates"]
         self._meta_loss_start = meta_state["meta_loss_start"]
@@ -572,17 +604,20 @@ class BilevelOptimizer(Optimizer):
     def _look_at_first_step(self, inner: InnerStep) -> None:
         """Goes through a meta update of this step alone: what cannot work shows at once."""
         meta_loss = self._objective.on(self._meta_set.peek(), inner.calls[-1])
+        self._share_position()
         self._try_out([inner], meta_loss)
 
     def _recorded_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """A step in the middle of an unrolled window."""
         inner.update.freeze(grads=True, states=self._engine_name == "unroll")
+        self._ranks.agree()
         self._checked_step(closure, ends=False)
         self._window.append(inner)
 
     def _bilevel_step(self, inner: InnerStep, closure: Callable[[], Any] | None) -> None:
         """The step at the end of a window: student and weight net both move."""
         batch = self._meta_set.draw()
+        self._share_position()
         meta_loss = self._objective.on(batch, inner.calls[-1])
         steps = [*self._window, inner]
         for step in steps:
@@ -594,11 +629,13 @@ class BilevelOptimizer(Optimizer):
             self._tried = True
         if self.method == "online":
             inner.update.freeze(grads=False, states=self._engine_name == "unroll")
+            self._ranks.agree()
             self._checked_step(closure, ends=True)
             self._meta_step(steps, meta_loss)
         else:
             if self._meta_step(steps, meta_loss):
                 self._reweigh_gradients(inner)
+            self._ranks.agree()
             if self.method == "lookahead":  # a hook of the step is no part of the virtual one
                 self._checked_step(closure, ends=True)
                 self._invariants.settle()
@@ -606,11 +643,16 @@ class BilevelOptimizer(Optimizer):
                 self._student_step(closure)
         self._forget_window()
 
+    def _share_position(self) -> None:
+        """Tells all ranks where this one's meta loader is, so that any checkpoint will do."""
+        if self._ranks.size > 1:
+            self._positions = self._ranks.collect(self._meta_set.state_dict())
+
     def _try_out(
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
     ) -> None:
         """Goes through the first meta update once before the student moves, for what may fail."""
-        _check_single_process(self.student)
+        _check_one_device(self.student)
         self._objective.try_out(meta_loss)
         last = steps[-1]
         call = last.calls[-1]
@@ -675,18 +717,23 @@ class BilevelOptimizer(Optimizer):
         self, steps: list[InnerStep], meta_loss: Callable[[Mapping[str, Tensor]], Tensor]
     ) -> None:
         before = self._live(steps)
+        engines = [self._engine]
+        if self._engine_name == "unroll" and not (len(steps) == 1 and steps[0].alone):
+            engines.insert(0, ENGINES["adjoint"](self._ranks))
         try:
-            if self._engine_name == "unroll" and not (len(steps) == 1 and steps[0].alone):
-                ENGINES["adjoint"]()(self.criterion, steps, meta_loss, before, self._invariants)
-            self._engine(self.criterion, steps, meta_loss, before, self._invariants)
+            with self._ranks.together():
+                for engine in engines:
+                    engine(self.criterion, steps, meta_loss, before, self._invariants)
+                self._invariants.settle()
+                self._invariants.check()
+        except FailedElsewhere:
+            raise
         except RuntimeError as error:
             raise ValueError(
                 "the hypergradient could not be computed, expected a student whose operators have "
                 "a forward-mode or a second derivative: replace the one named here "
                 f"({str(error).splitlines()[0]})."
             ) from error
-        self._invariants.settle()
-        self._invariants.check()
 
     def _live(self, steps: list[InnerStep]) -> dict[str, Tensor]:
         """The parameters that the steps moved, those that rest by now included, as they are."""
@@ -703,9 +750,19 @@ class BilevelOptimizer(Optimizer):
         loss, hypergradient = self._engine(
             self.criterion, steps, meta_loss, after, self._invariants
         )
+        if self._ranks.size > 1:
+            norms = torch._foreach_norm([p.detach() for p in self._names])
+            told = torch.cat([t.detach().double().flatten() for t in (*norms, *self.criterion.phi)])
+            self._invariants.shared(told, *self._ranks.mean([told]))
         holds = self._invariants.settle()
         norm = torch.stack(torch._foreach_norm(hypergradient)).norm()
         finite = norm.isfinite() if holds is None else norm.isfinite() & holds
+        weights = torch.cat([call.weights for call in steps[-1].calls])
+        broken, total, count = self._ranks.mean(
+            [n.to(weights.dtype) for n in (~finite, weights.sum(0), weights.any(1).sum())]
+        )
+        finite = broken == 0
+        self._mean_weights = total / count.clamp(min=1 / self._ranks.size)  # 0 where ignored
         if self._accumulated == 0:
             self.meta_optimizer.zero_grad()
         share = [torch.where(finite, gradient, 0) for gradient in hypergradient]
@@ -714,8 +771,6 @@ class BilevelOptimizer(Optimizer):
         if self._partial_average:
             share = list(torch._foreach_add(self._partial_average, share))
         self._partial_average = share
-        weights = torch.cat([call.weights for call in steps[-1].calls])
-        self._mean_weights = weights.sum(0) / weights.any(1).sum().clamp(min=1)  # 0 where ignored
         self._meta_loss, self._hypergradient_norm = loss, norm
         windows = self._meta_updates * self.accumulate + self._accumulated
         if windows < _FIRST:
@@ -737,6 +792,7 @@ class BilevelOptimizer(Optimizer):
         """Turns the student's gradients into those under the new φ, in place."""
         leaves = {name: p.detach().requires_grad_() for name, p in inner.update.params.items()}
         grads = inner.update.grads
+        changes: dict[str, Tensor] = {}
         for call in inner.calls:
             with torch.no_grad():
                 weights = self.criterion.weigh(call.features, call.weights, call.kept)
@@ -750,7 +806,9 @@ class BilevelOptimizer(Optimizer):
                 )
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    grads[name].add_(gradient)
+                    changes[name] = changes[name] + gradient if name in changes else gradient
+        for name, change in self._ranks.mean_by_name(changes, grads).items():
+            grads[name].add_(change)
         self.criterion.reweigh()
 
     def _check_calls(self, recording: Recording) -> None:
@@ -841,6 +899,19 @@ def _weight_net_of(criterion: WeightedKDLoss) -> nn.Module:
     return criterion.weight_net
 
 
+def _by_index(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state by numbers, which torch.distributed.checkpoint turns into strings."""
+    found = dict(state_dict)
+    if "state" in found:
+        found["state"] = {
+            int(k) if isinstance(k, str) and k.isdigit() else k: v
+            for k, v in found["state"].items()
+        }
+    if "optimizers" in found:
+        found["optimizers"] = [_by_index(part) for part in found["optimizers"]]
+    return found
+
+
 def _supersede_wrapper_of(student: nn.Module) -> None:
     """Closes an older wrapper of the same student, as a second run of a loop leaves behind."""
     for other in list(_watching):
@@ -918,15 +989,13 @@ def _check_parameters(
         )
 
 
-def _check_single_process(student: nn.Module) -> None:
+def _check_one_device(student: nn.Module) -> None:
     replicas = len(student.device_ids or ()) if isinstance(student, nn.DataParallel) else 1
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    processes = torch.distributed.get_world_size() if distributed else 1
-    devices = max(replicas, processes, len({p.device for p in student.parameters()}))
+    devices = max(replicas, len({p.device for p in student.parameters()}))
     if devices > 1:
         raise ValueError(
-            f"student runs on {devices} devices at once, expected one: train it in one process, "
-            "with nn.DataParallel on at most one device."
+            f"student runs on {devices} devices at once, expected one: train it with one process "
+            "for each, in DistributedDataParallel."
         )
 
 

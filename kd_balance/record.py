@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kd_balance.backward import ignore, watch
+from kd_balance.distributed import Ranks, called_module, through_sink
 from kd_balance.gradients import Gradients
 from kd_balance.hooks import WeakHook
 from kd_balance.logits import Edge, Recorded, Retraced, Untraceable
@@ -223,8 +224,10 @@ class Recorder:
         criterion: WeightedKDLoss,
         gradients: Gradients,
         to_logits: Callable[[Any], Tensor] | None,
+        ranks: Ranks,
     ) -> None:
         self._to_logits = to_logits
+        self._ranks = ranks
         self._mark = object()  # in graphs, which must not keep this object alive
         self._active = False
         self._uncompiled = False
@@ -238,9 +241,10 @@ class Recorder:
         self._kept: WeakSet[_Kept] = WeakSet()
         self._walking: dict[int, tuple[CriterionCall, Tensor]] | None = None
         self._forget()
+        called = called_module(student)
         self._handles = [
-            student.register_forward_pre_hook(WeakHook(self._before_student), with_kwargs=True),
-            student.register_forward_hook(WeakHook(self._after_student), with_kwargs=True),
+            called.register_forward_pre_hook(WeakHook(self._before_student), with_kwargs=True),
+            called.register_forward_hook(WeakHook(self._after_student), with_kwargs=True),
             criterion.register_forward_hook(WeakHook(self._after_criterion), with_kwargs=True),
         ]
 
@@ -319,6 +323,8 @@ class Recorder:
 
     def gradients_cleared(self) -> None:
         """Forgets the calls whose gradients are gone."""
+        if self._recording.calls:
+            self._ranks.give_up_step()
         for call in self._recording.calls:
             call.upstream, call.reached = None, None
         self._forget()
@@ -422,6 +428,7 @@ class Recorder:
         self._criterion.follow(next(self._structure.student.parameters()).device)
         self._entered = None
         if self.active and torch.is_grad_enabled():
+            self._ranks.check_call(self._student, self._structure.parameters)
             self._entered = StudentCall.about_to_happen(
                 self._structure, args, kwargs, self._format
             )
@@ -565,10 +572,10 @@ class Recorder:
         outputs += [out for out in found.values() if all(out is not known for known in outputs)]
         at = {id(output): i for i, output in enumerate(outputs)}
         places, dtype = [at[id(output)] for output in found.values()], tensor.dtype
-        root: Edge = tensor.grad_fn, tensor.output_nr
+        root: Edge = through_sink(tensor.grad_fn, tensor.output_nr)
         node, number = root
         while (node, number) not in found and node.name() == "ToCopyBackward0":
-            node, number = node.next_functions[0]
+            node, number = through_sink(*node.next_functions[0])
         if (node, number) in found and tensor.device == found[node, number].device:
             return Made(places, lambda y: y.to(dtype), None)
         retraced: Retraced | Untraceable = Untraceable(name)
@@ -598,7 +605,7 @@ class Recorder:
     def _outputs_within(self, name: str, tensor: Tensor) -> dict[Edge, Output]:
         """Where in the graph of a tensor outputs of the student stand."""
         found: dict[Edge, Output] = {}
-        root: Edge = tensor.grad_fn, tensor.output_nr
+        root: Edge = through_sink(tensor.grad_fn, tensor.output_nr)
         stack, seen = [root], set()
         others = set()
         while stack:

@@ -75,12 +75,27 @@ class Frozen(MLP):
         self.fc1.weight.requires_grad_(False)
 
 
+class Branching(MLP):
+    """A layer that some batches pass through, and one that none does."""
+
+    def __init__(self):
+        super().__init__()
+        self.at_times = nn.Linear(12, CLASSES)
+        self.never = nn.Linear(12, CLASSES)
+
+    def forward(self, inputs):
+        hidden = torch.tanh(self.fc1(inputs))
+        logits = self.fc2(hidden)
+        return logits + self.at_times(hidden) if inputs[0, 0] > 0 else logits
+
+
 STUDENTS = {
     "mlp": (MLP, (8,)),
     "conv": (ConvNet, (2, 6, 6)),
     "transformer": (Transformer, (3, 4)),
     "tied": (Tied, (8,)),
     "frozen": (Frozen, (8,)),
+    "branching": (Branching, (8,)),
 }
 
 OPTIMIZERS = {

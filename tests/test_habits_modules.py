@@ -24,7 +24,7 @@ from tests.habits import (
     plain,
     trained,
 )
-from tests.students import CLASSES, MLP, ConvNet, relative_error
+from tests.students import CLASSES, MLP, ConvNet
 
 # torch.compile: `jit.script` warns of its own deprecation when dynamo is imported
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated")
@@ -368,21 +368,6 @@ def process_group(backend, **settings):
         yield
     finally:
         torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("begun", ["before wrapping", "after"])
-def test_several_processes_are_refused(begun):
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    lab = Lab()
-    if begun == "after":
-        lab.wrap()
-    before = [p.detach().clone() for p in lab.student.parameters()]
-    with process_group("fake", world_size=2, store=FakeStore()):
-        with pytest.raises(ValueError, match="student runs on 2 devices at once") as error:
-            plain(1)(lab) if begun == "after" else lab.wrap()
-    assert_one_sentence(error)
-    assert relative_error(lab.student.parameters(), before) == 0
 
 
 def test_distributed_data_parallel_in_one_process():

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kd_balance.distributed import Ranks
 from kd_balance.hypergradient.adjoint import Adjoint
 from kd_balance.hypergradient.unroll import Unroll
 from kd_balance.inner_step import InnerStep
@@ -27,4 +28,4 @@ class Engine(Protocol):
     ) -> tuple[Tensor, list[Tensor]]: ...
 
 
-ENGINES: dict[str, Callable[[], Engine]] = {"adjoint": Adjoint, "unroll": Unroll}
+ENGINES: dict[str, Callable[[Ranks], Engine]] = {"adjoint": Adjoint, "unroll": Unroll}

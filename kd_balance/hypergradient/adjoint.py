@@ -20,6 +20,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from kd_balance.distributed import Ranks
 from kd_balance.inner_step import InnerStep, Slots
 from kd_balance.invariants import Invariants
 from kd_balance.loss import WeightedKDLoss
@@ -29,9 +30,14 @@ from kd_balance.replay.fused_rules import FusedRules, make_dual
 
 
 class Adjoint:
-    """dL_meta/dφ without a graph through the student, one step at a time, newest first."""
+    """dL_meta/dφ without a graph through the student, one step at a time, newest first.
 
-    def __init__(self) -> None:
+    Args:
+        ranks: L_meta is the mean of theirs, and so is g.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._forward_mode_works = True
         self._double_backward_works = True
 
@@ -58,7 +64,9 @@ class Adjoint:
             invariants: are told what should agree.
         """
         cotangents: Slots = {}
-        loss, cotangents["param"] = _value_and_gradients(meta_loss, after)
+        loss, gradients = _value_and_gradients(meta_loss, after)
+        (loss,) = self._ranks.mean([loss])
+        cotangents["param"] = self._ranks.mean_by_name(gradients, after)
         phi = criterion.phi
         hypergradient: list[Tensor] = []
         params = dict(after)
@@ -68,8 +76,9 @@ class Adjoint:
             cotangents = step.update.vjp(cotangents, through=not is_first)
             direction = cotangents.pop("grad", {})
             products = []
+            curvature: dict[str, Tensor] = {}
             for call in step.calls if direction else ():
-                weight_gradient, curvature = self._products(
+                weight_gradient, of_call = self._products(
                     criterion, call, params, call.part_of(direction, step.ids),
                     invariants, with_curvature=not is_first,
                 )
@@ -83,10 +92,13 @@ class Adjoint:
                 if hypergradient:  # not in place: two leaves may have been given one tensor
                     parts = torch._foreach_add(hypergradient, parts)
                 hypergradient = list(parts)
-                _add(cotangents.setdefault("param", {}), curvature)
+                _add(curvature, of_call)
             if products:
+                if not is_first:
+                    curvature = self._ranks.mean_by_name(curvature, params)
+                    _add(cotangents.setdefault("param", {}), curvature)
                 self._check_gradient(criterion, step, params, direction, products, invariants)
-        return loss, hypergradient or [torch.zeros_like(p) for p in phi]
+        return loss, self._ranks.mean(hypergradient or [torch.zeros_like(p) for p in phi])
 
     def _check_gradient(
         self,
@@ -101,6 +113,8 @@ class Adjoint:
         own = step.own_gradients(criterion, params)
         if own is None:
             return
+        if not step.alone:
+            own = self._ranks.mean_by_name(own, params)
         clipping = step.update.clipping
         if clipping is not None and clipping.is_to_norm:  # then λ is at right angles to it
             if not step.is_rare:
@@ -113,7 +127,9 @@ class Adjoint:
                 )[0]
                 for call in step.calls
             ]
-        invariants.along(own, direction, products)
+        parts = torch.cat([p.flatten() for p in products])
+        total, size = self._ranks.mean([parts.sum(), parts.abs().sum()])
+        invariants.along(own, direction, total, size)
 
     def _products(
         self,

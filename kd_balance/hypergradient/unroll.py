@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kd_balance.distributed import Ranks
 from kd_balance.inner_step import DifferentiableTorchOptimizer, InnerStep, State
 from kd_balance.invariants import Invariants
 from kd_balance.loss import WeightedKDLoss
@@ -20,7 +22,13 @@ class Unroll:
     Slow and hungry for memory, and so plain that the other engine is held against it. Where the
     user's gradient holds more than the criterion's part (other loss terms, what clipping made of
     it), the recorded value is used and only the criterion's part is differentiated.
+
+    Args:
+        ranks: L_meta is the mean of theirs, and so are the gradients.
     """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
 
     def try_without_forward_mode(self) -> bool:
         """It knows no other way."""
@@ -55,12 +63,13 @@ class Unroll:
                 params = {name: param.view_as(param) for name, param in params.items()}
                 with LoopBackward():
                     loss = _training_loss(criterion, step, params, resting, invariants)
-                    _take(step, loss, params, states, invariants)
+                    _take(step, loss, params, states, invariants, self._ranks)
             loss = meta_loss(params)
-        hypergradient = torch.autograd.grad(
+        parts = torch.autograd.grad(
             loss, criterion.phi, allow_unused=True, materialize_grads=True
         )
-        return loss.detach(), list(hypergradient)
+        loss, *hypergradient = self._ranks.mean([loss.detach(), *parts])
+        return loss, hypergradient
 
 
 def _training_loss(
@@ -97,10 +106,11 @@ def _take(
     params: dict[str, Tensor],
     states: dict[str, State],
     invariants: Invariants,
+    ranks: Ranks,
 ) -> None:
     """Moves `params` and `states` by the recorded update, their graphs included."""
     update = step.update
-    gradients = _as_recorded(step, loss, params, invariants)
+    gradients = _as_recorded(step, loss, params, invariants, ranks)
     for kind in {group.kind: None for group in update.groups}:
         groups = [group for group in update.groups if group.kind is kind]
         names = [name for group in groups for name in group.names]
@@ -123,7 +133,11 @@ def _take(
 
 
 def _as_recorded(
-    step: InnerStep, loss: Tensor, params: Mapping[str, Tensor], invariants: Invariants
+    step: InnerStep,
+    loss: Tensor,
+    params: Mapping[str, Tensor],
+    invariants: Invariants,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     """The recorded gradients, differentiable as the criterion's part of them."""
     update = step.update
@@ -132,10 +146,28 @@ def _as_recorded(
     )
     found = {n: g for n, g in zip(update.grads, own, strict=True) if g is not None}
     if step.alone:
-        invariants.equal(step.gradients, {n: g.detach() for n, g in found.items()})
+        replayed = {n: g.detach() for n, g in found.items()}
+        invariants.equal(step.gradients, ranks.mean_by_name(replayed, update.grads))
     changes = {n: g - g.detach() for n, g in found.items()}
+    if ranks.size > 1:
+        whole = [changes[n] if n in changes else torch.zeros_like(g)
+                 for n, g in update.grads.items()]
+        changes = dict(zip(update.grads, _MeanOfChanges.apply(ranks, *whole)))
     for transform in update.transforms:
         changes = transform.push(changes)
     if update.clipping is not None:
         changes = update.clipping.product(changes, update.grads)
     return {name: value + changes.get(name, 0) for name, value in update.grads.items()}
+
+
+class _MeanOfChanges(torch.autograd.Function):
+    """The mean over the ranks of what is zero on each; its derivative is the same mean."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, *changes: Tensor) -> tuple[Tensor, ...]:
+        ctx.ranks = ranks
+        return tuple(change.clone() for change in changes)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.ranks.mean(cotangents)

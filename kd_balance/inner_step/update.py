@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_balance.clipping import Clipping
+from kd_balance.distributed import Ranks
 from kd_balance.gradient_transform import GradientTransform
 from kd_balance.gradients import copies
 from kd_balance.inner_step.differentiable import (
@@ -24,7 +26,7 @@ from kd_balance.inner_step.differentiable import (
 from kd_balance.inner_step.own_step import StepCopy, copied
 from kd_balance.inner_step.products import adam_product, sgd_product
 from kd_balance.inner_step.rules import State, update_rule
-from kd_balance.joint import parts
+from kd_balance.joint import parts, shares_out, wholes
 
 Slots = dict[str, dict[str, Tensor]]
 """Tensors by what they are ("param", "grad" or a key of the optimizer state) and parameter name."""
@@ -46,6 +48,8 @@ class GroupUpdate:
     params: list[Tensor]
     grads: list[Tensor]
     states: list[State]
+    is_own: bool = True
+    """Whether this process steps them, and has their states."""
 
     @property
     def is_linear(self) -> bool:
@@ -86,6 +90,8 @@ class Update:
     """What the loop did to the gradients before clipping."""
     own_steps: list[StepCopy] = field(default_factory=list)
     """Where products are finite differences of the optimizers' own steps."""
+    ranks: Ranks | None = None
+    """Where other processes step some of the parameters."""
 
     @classmethod
     def of(
@@ -97,6 +103,7 @@ class Update:
         transforms: Sequence[GradientTransform] = (),
         plain_sgd: bool = False,
         finite_difference: bool = False,
+        ranks: Ranks | None = None,
     ) -> Update:
         """The step that `optimizer` is about to take.
 
@@ -107,12 +114,15 @@ class Update:
             plain_sgd: take a step of SGD at each group's learning rate instead, without momentum
                 and weight decay, as the look-ahead of the BiKD authors' program.
             finite_difference: differentiate the optimizer's own step, whose formula is not known.
+            ranks: the processes that a ZeroRedundancyOptimizer shares the parameters out to.
         """
         groups = []
-        for part in parts(optimizer):
-            for group in part.param_groups:
+        for whole, part in zip(wholes(optimizer), parts(optimizer), strict=True):
+            held = {p for group in part.param_groups for p in group["params"]}
+            for group, is_own in itertools.product(whole.param_groups, (True, False)):
                 params = [p for p in group["params"] if p.grad is not None and p in names]
-                if not params:
+                params = [p for p in params if plain_sgd or (p in held) == is_own]
+                if not params or (plain_sgd and not is_own):
                     continue
                 kind = torch.optim.SGD if plain_sgd else type(part)
                 options = hyperparameters(kind, group)
@@ -122,9 +132,12 @@ class Update:
                 grads = [p.grad.detach() for p in params]
                 own_names = [names[p] for p in params]
                 data = [p.detach() for p in params]
-                groups.append(GroupUpdate(kind, options, own_names, data, grads, states))
+                groups.append(GroupUpdate(kind, options, own_names, data, grads, states, is_own))
         copied_steps = parts(optimizer) if finite_difference else []
-        return cls(groups, clipping, transforms, [StepCopy(part, names) for part in copied_steps])
+        steps = [StepCopy(part, names) for part in copied_steps]
+        # some rank has none of another's, whose exchanges it has to enter all the same
+        shared = ranks if shares_out(optimizer) and not plain_sgd else None
+        return cls(groups, clipping, transforms, steps, shared)
 
     def freeze(self, *, grads: bool, states: bool) -> None:
         """Copies what the real step, or a scheduler after it, is about to overwrite.
@@ -145,6 +158,18 @@ class Update:
                 group.states = copied(group.states)
 
     @property
+    def _own_groups(self) -> list[GroupUpdate]:
+        return [group for group in self.groups if group.is_own]
+
+    def _of_all(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What every process knows of the parameters that it steps, put together."""
+        if self.ranks is None:
+            return dict(own)
+        known = {n for group in self._own_groups for n in group.names}
+        mean = self.ranks.mean_by_name({n: t for n, t in own.items() if n in known}, self.params)
+        return {name: tensor * self.ranks.size for name, tensor in mean.items()}
+
+    @property
     def params(self) -> dict[str, Tensor]:
         """The parameters before the step, by name."""
         return {n: p for group in self.groups for n, p in zip(group.names, group.params)}
@@ -157,12 +182,12 @@ class Update:
     def apply(self) -> dict[str, Tensor]:
         """The parameters after the step, by name, without a graph and without taking the step."""
         after: dict[str, Tensor] = {}
-        for group in self.groups:
+        for group in self._own_groups:
             new, _ = differentiable_step(
                 group.kind, group.options, group.params, group.grads, group.states
             )
             after.update(zip(group.names, new, strict=True))
-        return after
+        return self._of_all(after)
 
     def vjp(self, cotangents: Slots, *, through: bool = False) -> Slots:
         """The vector-Jacobian product of the step.
@@ -184,10 +209,12 @@ class Update:
             result["grad"].update(own_step.by_gradient(cotangents.get("param", {})))
             if through:
                 result["param"].update(own_step.by_param(cotangents.get("param", {})))
-        for group in self.groups if not self.own_steps else ():
+        for group in self._own_groups if not self.own_steps else ():
             for alike in _alike(group):
                 for slot, by_name in group.product(alike, cotangents, through).items():
                     result[slot].update(by_name)
+        for slot in ("grad", "param") if through else ("grad",):
+            result[slot].update(self._of_all(result[slot]))
         if self.clipping is not None:
             result["grad"] = self.clipping.product(result["grad"], self.grads)
         for transform in reversed(self.transforms):

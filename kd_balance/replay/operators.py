@@ -15,14 +15,18 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from kd_balance.replay.embedding import differentiable_embeddings
+from kd_balance.replay.sync_batch_norm import Summing, plain_sync_batch_norm
 
 
 @contextmanager
-def differentiable_operators(modules: Sequence[nn.Module]) -> Iterator[None]:
+def differentiable_operators(
+    modules: Sequence[nn.Module], ranks: Summing | None
+) -> Iterator[None]:
     """Plain operators in place of fused and compiled ones, which lack derivatives.
 
     Args:
         modules: all that are to be called.
+        ranks: the processes that do so; None for one.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
@@ -34,6 +38,8 @@ def differentiable_operators(modules: Sequence[nn.Module]) -> Iterator[None]:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(differentiable_embeddings(modules))
+            if ranks is not None and any(isinstance(m, nn.SyncBatchNorm) for m in modules):
+                stack.enter_context(plain_sync_batch_norm(ranks))
             if _has_weight_norm(modules):
                 stack.enter_context(_PlainWeightNorm())
             yield

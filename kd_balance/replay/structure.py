@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kd_balance.replay.sync_batch_norm import Summing
+
 _OF_MODULES = vars(nn.Module()).keys()
 
 Held = dict[str, Any]
@@ -21,10 +23,12 @@ class Structure:
 
     Args:
         student: may be changed later on; :meth:`refresh` notices.
+        ranks: the processes that all call it, if there are several.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, ranks: Summing | None = None) -> None:
         self.student = student
+        self.ranks = ranks
         self.written: set[str] = set()
         """Parameters that calls write in place: momentum encoders, bounded embeddings."""
         self._held = 0

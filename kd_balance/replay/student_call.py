@@ -153,7 +153,9 @@ class StudentCall:
                     stack.enter_context(rules)
                 stack.enter_context(self.autocast.restored())
                 stack.enter_context(self.structure.holding({**copies, **params}, self.training))
-                stack.enter_context(differentiable_operators(self.structure.modules))
+                stack.enter_context(
+                    differentiable_operators(self.structure.modules, self.structure.ranks)
+                )
                 yield
 
         args, kwargs = _own_containers(arguments)

@@ -1,0 +1,345 @@
+"""Several processes that train one student, each on its own share of the data.
+
+Student and weight net of all of them are those of one process whose loss is the mean of the ranks'
+losses and whose meta loss is the mean of the ranks' meta losses. DistributedDataParallel averages
+the gradients. What else depends on a rank's own data is averaged here: the gradient of the meta
+loss, its products with the Hessian at further steps, and the hypergradient. The rest follows from
+parameters, gradients and states, which are the same everywhere.
+
+No rank waits for one that has failed: before every exchange they tell each other whether they have
+come so far, and an error on one of them becomes an error on all at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kd_balance.invariants import Broken
+
+_BUCKET = 2**23  # numbers that are exchanged at once
+_NONE = (True,) * 4  # as many flags as are ever told: a rank that fails knows not what is asked
+
+
+class FailedElsewhere(RuntimeError):
+    """What went wrong on another rank, if it is no refusal."""
+
+
+class Ranks:
+    """The processes that train a student. One by itself is the only rank, and exchanges nothing.
+
+    Args:
+        student: as it was given to the wrapper; those of its DistributedDataParallel are meant, or
+            else all.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self.rank, self.size = 0, 1
+        self._group: Any = None
+        self._agreements: Any = None
+        self._all_know = False  # of an error, told in the last exchange
+        if not _is_distributed():
+            return
+        wrapper = _wrapper_of(student)
+        self._group = dist.group.WORLD if wrapper is None else wrapper.process_group
+        self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        if self.size > 1:  # on the CPU, where asking waits for no device, and in no other's way
+            backend = self._group._get_backend(self._group._device_types[0])
+            self._agreements = dist.new_group(
+                dist.get_process_group_ranks(self._group),
+                timeout=backend.options._timeout,
+                backend="gloo",
+                use_local_synchronization=True,
+            )
+
+    def check_call(self, student: nn.Module, trained: Mapping[Tensor, str]) -> None:
+        """Looks at how the student is being called.
+
+        Args:
+            student: as it was given to the wrapper.
+            trained: the names of its parameters.
+
+        Raises:
+            ValueError: it is not whole, or its gradients will not be the mean of the ranks' own.
+        """
+        check_whole(student)
+        inside = DistributedDataParallel._get_active_ddp_module()
+        wrapper = inside or _wrapper_of(called_module(student))
+        if wrapper is None:
+            processes = dist.get_world_size() if _is_distributed() else 1
+        else:
+            processes = dist.get_world_size(wrapper.process_group)
+        if processes != self.size:
+            raise ValueError(
+                f"the student runs in {processes} processes and BilevelOptimizer was made when it "
+                f"ran in {self.size}, expected as many: call torch.distributed.init_process_group "
+                "before it, and give it the module that DistributedDataParallel returned."
+            )
+        if self.size == 1:
+            return
+        if wrapper is None:
+            raise ValueError(
+                f"the student was called by itself in {self.size} processes, expected through "
+                "DistributedDataParallel, which averages its gradients: call the module that it "
+                "returned."
+            )
+        _check_wrapper(wrapper, trained)
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means over the ranks of tensors that have the same shapes on all."""
+        if self.size == 1:
+            return list(tensors)
+        self.agree()
+        means: dict[int, Tensor] = {}
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensors[i].detach().reshape(-1) for i in bucket]).div_(self.size)
+            dist.all_reduce(flat, group=self._group)
+            pieces = flat.split([tensors[i].numel() for i in bucket])
+            means.update((i, p.view(tensors[i].shape)) for i, p in zip(bucket, pieces))
+        return [means[i] for i in range(len(tensors))]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks of a tensor that has the same shape on all."""
+        total = tensor.detach().clone()
+        if self.size > 1:
+            self.agree()
+            dist.all_reduce(total, group=self._group)
+        return total
+
+    def mean_by_name(
+        self, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The same by name.
+
+        Args:
+            tensors: those that a rank has none of are zero there.
+            like: the names and shapes of all, the same on every rank.
+        """
+        if self.size == 1:
+            return dict(tensors)
+        names = sorted(like)  # ranks may hold them in different orders
+        whole = [tensors[n] if n in tensors else torch.zeros_like(like[n]) for n in names]
+        return dict(zip(names, self.mean(whole)))
+
+    def give_out(self, tensors: Sequence[Tensor]) -> None:
+        """Puts rank 0's values into the tensors of all."""
+        if self.size == 1:
+            return
+        self.agree()
+        source = dist.get_global_rank(self._group, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), source, group=self._group)
+
+    def collect(self, value: Any) -> list[Any]:
+        """The values of all ranks, any that can be pickled."""
+        if self.size == 1:
+            return [value]
+        self.agree()
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._agreements)
+        return values
+
+    def check_same(self, **settings: Any) -> None:
+        """Refuses settings that differ.
+
+        Raises:
+            ValueError: on all ranks.
+        """
+        for rank, others in enumerate(self.collect(settings)):
+            for name, value in settings.items():
+                if others[name] != value:
+                    raise ValueError(
+                        f"{name} is {value!r} on rank {self.rank} and {others[name]!r} on rank "
+                        f"{rank}, expected the same on all ranks."
+                    )
+
+    def begin_step(self, one: bool, other: bool) -> list[bool]:
+        """Whether two flags are set on all ranks, which take the same step.
+
+        Raises:
+            ValueError: another rank gave the step up.
+        """
+        if self.size == 1:
+            return [one, other]
+        *answers, all_begin, _ = self._ask(None, (one, other, True, False))
+        if not all_begin:
+            raise self._parted()
+        return answers
+
+    def give_up_step(self) -> None:
+        """The gradients of a step are dropped, on all ranks.
+
+        Raises:
+            ValueError: another rank takes the step.
+        """
+        if self.size == 1:
+            return
+        *_, all_give_up = self._ask(None, (True, True, False, True))
+        if not all_give_up:
+            raise self._parted()
+
+    def _parted(self) -> ValueError:
+        self._all_know = True
+        return ValueError(
+            "one rank dropped the gradients of a step that another one took, expected the same "
+            "steps on all ranks: skip a step on all of them or on none."
+        )
+
+    def agree(self) -> None:
+        """Waits for the other ranks to come to an exchange.
+
+        Raises:
+            ValueError, FailedElsewhere: what went wrong on one of them.
+        """
+        self._ask(None, ())
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What goes wrong on one rank within it goes wrong on all."""
+        self._all_know = False
+        try:
+            yield
+        except BaseException as error:
+            if not self._all_know:  # the others have left what they were within
+                with suppress(RuntimeError):  # or are gone, which is not what went wrong
+                    self._ask(error, ())
+            raise
+        self.agree()
+
+    def _ask(self, error: BaseException | None, flags: Sequence[bool]) -> list[bool]:
+        if self.size == 1:
+            return list(flags)
+        holds = torch.tensor([error is None, *(flags or _NONE)], dtype=torch.uint8)
+        all_well, *answers = self._least(holds).bool().tolist()
+        self._all_know = not all_well
+        if not all_well:
+            told: list[Any] = [None] * self.size
+            dist.all_gather_object(told, _telling(error), group=self._agreements)
+            if error is None:
+                raise next(_error_of(rank, *t) for rank, t in enumerate(told) if t is not None)
+        return answers
+
+    def _least(self, values: Tensor) -> Tensor:
+        """The minimum over the ranks, in as many rounds as it takes to double one to all.
+
+        gloo's own passes twice round a ring of them.
+        """
+        distance = 1
+        while distance < self.size:
+            to, of = ((self.rank + step) % self.size for step in (distance, -distance))
+            others = torch.empty_like(values)
+            sending = self._agreements.send([values], to, 0)
+            self._agreements.recv([others], of, 0).wait()
+            sending.wait()
+            values = torch.minimum(values, others)
+            distance *= 2
+        return values
+
+
+def called_module(student: nn.Module) -> nn.Module:
+    """What sees the arguments and buffers of a call after DistributedDataParallel's own part."""
+    while isinstance(student, DistributedDataParallel):
+        student = student.module
+    return student
+
+
+def through_sink(node: Any, number: int) -> tuple[Any, int]:
+    """Where a tensor came from, DistributedDataParallel having passed it through a node or not."""
+    while node is not None and node.name() == "_DDPSinkBackward":
+        needs = node.needs_input_grad[1:]  # the first is no output of the student
+        edges = [edge for edge in node.next_functions if edge[0] is not None]
+        node, number = edges[sum(needs[:number])]
+    return node, number
+
+
+def check_whole(student: nn.Module) -> None:
+    """Looks whether this process holds all of the student.
+
+    Raises:
+        ValueError: its parameters are spread over several processes.
+    """
+    flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in student.modules())
+    if flat or any(hasattr(param, "device_mesh") for param in student.parameters()):
+        raise ValueError(
+            f"the student's parameters are {'flat shards' if flat else 'DTensors'}, as of FSDP, "
+            "tensor or pipeline parallelism, expected whole ones in every process: train it in "
+            "DistributedDataParallel."
+        )
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _wrapper_of(student: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel in what was given as student, which may be compiled."""
+    while not isinstance(student, DistributedDataParallel):
+        if not isinstance(student, torch._dynamo.OptimizedModule):
+            return None
+        student = student._orig_mod
+    return student
+
+
+def _check_wrapper(wrapper: DistributedDataParallel, trained: Mapping[Tensor, str]) -> None:
+    hook = wrapper._get_ddp_logging_data().get("comm_hook", "allreduce_hook")
+    if hook != "allreduce_hook":
+        raise ValueError(
+            f"DistributedDataParallel has the communication hook {hook}, expected plain means of "
+            "the ranks' gradients: register none, or allreduce_hook."
+        )
+    if wrapper.mixed_precision is not None:
+        raise ValueError(
+            "DistributedDataParallel was made with mixed_precision, expected the student to "
+            "compute with the parameters that the optimizer moves: use torch.autocast."
+        )
+    if wrapper._join_config.enable:
+        raise ValueError(
+            "the student was called within DistributedDataParallel.join, expected as many steps "
+            "on every rank: give each as many batches."
+        )
+    ignored = set(wrapper.parameters_to_ignore)
+    params = wrapper.module.named_parameters()
+    left_out = [n for n, p in params if n in ignored and p.requires_grad and p in trained]
+    if left_out:
+        raise ValueError(
+            f"DistributedDataParallel leaves out {left_out[0]}, whose gradients are then not the "
+            "same on all ranks, expected all parameters that are trained."
+        )
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of tensors of one format, of a bounded size in sum unless one is larger."""
+    by_format: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_format.setdefault((tensor.dtype, tensor.device), []).append(i)
+    for indices in by_format.values():
+        bucket: list[int] = []
+        held = 0
+        for i in indices:
+            if bucket and held + tensors[i].numel() > _BUCKET:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(i)
+            held += tensors[i].numel()
+        yield bucket
+
+
+def _telling(error: BaseException | None) -> tuple[str, str | None, bool] | None:
+    if error is None:
+        return None
+    text = str(error) or type(error).__name__
+    cause = error.cause if isinstance(error, Broken) else None
+    return text, cause, isinstance(error, ValueError)
+
+
+def _error_of(rank: int, text: str, cause: str | None, refused: bool) -> Exception:
+    text = text if text.startswith("on rank ") else f"on rank {rank}, {text}"
+    if cause is not None:
+        return Broken(cause, text)
+    return ValueError(text) if refused else FailedElsewhere(text)
