@@ -15,6 +15,7 @@ from tests.habits import (
     assert_leaves_what_the_plain_loop_leaves,
     assert_one_sentence,
     plain,
+    train,
     trained,
 )
 from tests.students import MLP, relative_error
@@ -255,6 +256,19 @@ def test_every_optimizer_of_torch_is_right_or_refused(name, monkeypatch):
         assert_differentiates(
             plain(4), steps=4, rtol=1e-5, optimizer=muon_and_adamw if name == "Muon" else make
         )
+
+
+ADAPTIVE = ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop"]
+
+
+@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_a_rate_of_zero_as_a_warm_up_begins_with(name, engine):
+    lab = Lab(optimizer=lambda params: getattr(torch.optim, name)(params, lr=0.0))
+    lab.wrap(engine=engine, unroll=1, every=1)
+    train(lab, lab.batches(2))
+    assert lab.optimizer.metrics["skipped_updates"] == 0
+    assert lab.optimizer.metrics["hypergradient_norm"] < 1e-20
 
 
 @pytest.mark.parametrize("settings", [

@@ -73,6 +73,7 @@ def differentiable_step(
         return _by_rule(rule, options, params, grads, states)
     exact = exact_dtype(params[0].device) if kind is not torch.optim.SGD else None
     fresh = [p.to(exact, copy=True) for p in params]
+    options = {**options, "lr": _apart_from_zero(options["lr"])} if exact else options
     with _float64_counters():
         optimizer = kind(fresh, **options, foreach=False, differentiable=True)  # type: ignore
         for new, param, grad, state in zip(fresh, params, grads, states, strict=True):
@@ -139,6 +140,11 @@ def _float64_counters() -> Iterator[None]:
 def off_the_kink(grad: Tensor) -> Tensor:
     """Moves exact zeros, where sqrt(grad²) has no derivative and autograd gives nan."""
     return grad + (grad == 0).to(grad.dtype) * (1e3 * torch.finfo(grad.dtype).tiny ** 0.5)
+
+
+def _apart_from_zero(rate: Any) -> Any:
+    """Moves a rate of exactly 0, as a warm-up begins with, by which Adam divides."""
+    return 1e-30 if isinstance(rate, (int, float)) and rate == 0 else rate
 
 
 def _first_momentum_buffer(options: Mapping[str, Any], param: Tensor, grad: Tensor) -> Tensor:
