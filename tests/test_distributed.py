@@ -124,6 +124,7 @@ SETTINGS = {
     "SyncBatchNorm, lookahead": Setting(
         "conv", loop="synchronised", bilevel={"method": "lookahead"}
     ),
+    "compiled": Setting("conv", loop="compiled", bilevel=THREE),
     "small buckets": Setting("conv", bilevel=THREE, ddp={"bucket_cap_mb": 1e-4}),
 }
 
@@ -157,6 +158,8 @@ class Program:
                 for tensor in self.student.state_dict().values():
                     tensor += rank
             self.called = DistributedDataParallel(self.student, **setting.ddp)
+            if setting.loop == "compiled":
+                self.called = torch.compile(self.called, backend="eager")
             if setting.loop == "synchronised":  # which DistributedDataParallel refuses on a CPU
                 nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
@@ -184,6 +187,8 @@ class Program:
 
     def plain(self, rank, inputs, teacher_logits, labels):
         self.loss(inputs, teacher_logits, labels).backward()
+
+    compiled = plain
 
     def micro_batches(self, rank, *batch):
         for part in zip(*(tensor.chunk(2) for tensor in batch)):
@@ -427,9 +432,9 @@ def test_what_cannot_work_is_refused_on_every_rank(name, found):
 class Resumable(Program):
     """A script that draws its meta batches from another seed on every rank."""
 
-    def __init__(self, rank, size):
+    def __init__(self, rank, size, zero=False):
         bilevel = {"every": 2, "accumulate": 2}
-        super().__init__(Setting(optimizer="adamw", bilevel=bilevel), rank, size)
+        super().__init__(Setting(optimizer="adamw", zero=zero, bilevel=bilevel), rank, size)
         inputs, labels = Run(seed=1).inputs(40), torch.arange(40) % CLASSES
         self.optimizer.close()
         self.optimizer = BilevelOptimizer(
@@ -465,25 +470,28 @@ def test_the_teacher_s_bias_is_the_first_rank_s(found):
     assert first.any() and torch.equal(first, other)
 
 
-RESUMED = ("the first rank's checkpoint", "torch.distributed.checkpoint")
+RESUMED = ("the first rank's checkpoint", "torch.distributed.checkpoint", "ZeRO's checkpoint")
 SAVED = 5
 
 
 def resume(argument, rank, size):
     """A run, and one that is broken off and goes on from a checkpoint."""
     name, folder = argument
-    whole = Resumable(rank, size).train()
-    first = Resumable(rank, size)
+    zero = name.startswith("ZeRO")
+    whole = Resumable(rank, size, zero).train()
+    first = Resumable(rank, size, zero)
     del first.shards[SAVED:]
     first.train()
     if name == "torch.distributed.checkpoint":
         dist.checkpoint.save(first.state_dict(), checkpoint_id=folder / "parts")
         if rank == 0:
             dcp_to_torch_save(folder / "parts", folder / "whole")
-    elif rank == 0:
+    if zero:
+        first.optimizer.optimizer.consolidate_state_dict()
+    if name != "torch.distributed.checkpoint" and rank == 0:
         torch.save(first.state_dict(), folder / "whole")
     dist.barrier()
-    second = Resumable(rank, size)
+    second = Resumable(rank, size, zero)
     del second.shards[:SAVED]
     second.load(torch.load(folder / "whole"))
     return whole, second.train(), folder / "whole"

@@ -1,10 +1,11 @@
-"""The pages docs/habits.md and docs/guarantees.md name tests that there are."""
+"""The pages docs/habits.md, guarantees.md and scaling.md name tests that there are."""
 
 import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-HABITS, GUARANTEES = (TESTS.parent / "docs" / name for name in ("habits.md", "guarantees.md"))
+PAGES = ("habits.md", "guarantees.md", "scaling.md")
+HABITS, *OTHERS = (TESTS.parent / "docs" / name for name in PAGES)
 
 
 def named_in(line):
@@ -18,7 +19,7 @@ def test_every_habit_names_its_tests():
 
 
 def test_every_named_test_exists():
-    for file, name in set(named_in(HABITS.read_text() + GUARANTEES.read_text())):
+    for file, name in set(named_in("".join(page.read_text() for page in (HABITS, *OTHERS)))):
         candidates = (TESTS / f"test_habits_{file}.py", TESTS / f"test_{file}.py")
         source = next(path for path in candidates if path.exists()).read_text()
         assert f"\ndef {name}(" in source, f"{file}::{name}"
