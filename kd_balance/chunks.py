@@ -22,6 +22,11 @@ Rows = Callable[..., Tensor]
 """Of [n, C] and others of n rows -> [n, …], each row from its own rows alone."""
 
 
+def is_large(logits: Tensor) -> bool:
+    """Whether logits are more than what is looked at together."""
+    return logits.numel() > CPU_CHUNK and logits.numel() > _size(logits)
+
+
 def by_chunks(function: Rows, logits: Tensor, *others: Any) -> Tensor:
     """``function(logits, *others)``, in chunks where the logits are large.
 
@@ -31,7 +36,7 @@ def by_chunks(function: Rows, logits: Tensor, *others: Any) -> Tensor:
         logits: [N, C].
         others: N rows each, or named tuples of such.
     """
-    if logits.numel() <= _size(logits):
+    if not is_large(logits):
         return function(logits, *others)
     tensors, spec = tree_flatten(others)
 

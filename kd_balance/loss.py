@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from kd_balance.chunks import by_chunks
+from kd_balance.chunks import by_chunks, is_large
 from kd_balance.hard_losses import BalancedSoftmax, cross_entropy
 from kd_balance.soft_losses import temperature_kl
 from kd_balance.teacher_bias import prior_bias
@@ -292,10 +293,11 @@ class WeightedKDLoss(nn.Module):
             losses, kept = self._losses(flat, terms)
             self._last_losses = losses.detach()
             if self.weight_net is not None:
-                by_name = dict(zip(self.names, self._last_losses.unbind(1), strict=True))
+                features = self._feature_names()
+                named = [i for i, name in enumerate(self.names) if name in features]
+                seen = {self.names[i]: self._last_losses[:, i] for i in named}
                 self._features = compute_features(
-                    self._feature_names(), flat.student, self._teacher_of(flat), flat.targets,
-                    by_name,
+                    features, flat.student, self._teacher_of(flat), flat.targets, seen
                 )
             self._kept = kept
             with torch.no_grad():
@@ -505,19 +507,21 @@ class WeightedKDLoss(nn.Module):
         self, teacher: Teacher | Mapping[str, Teacher]
     ) -> tuple[dict[str, Logits], dict[str, Tensor]]:
         """The teachers' logits and the masks of what they know, by the names of their terms."""
-        names = self.teachers or ("soft",)
-        given: Any = {"soft": teacher} if self.teachers is None else teacher
-        if not isinstance(given, Mapping) or set(given) != set(names):
-            got = f"the keys {list(given)}" if isinstance(given, Mapping) else type(given).__name__
-            raise ValueError(
-                f"teacher_logits are {got}, expected a mapping from each of {names} to its logits."
-            )
-        logits, masks = {}, {}
-        for name in names:
-            logits[name] = given[name]
-            if isinstance(given[name], tuple) and not isinstance(given[name], TopK):
-                logits[name], masks[name] = given[name]
-        return logits, masks
+        given: Any = {"soft": teacher}
+        if self.teachers is not None:
+            if not isinstance(teacher, Mapping) or set(teacher) != set(self.teachers):
+                mapped = isinstance(teacher, Mapping)
+                got = f"the keys {list(teacher)}" if mapped else type(teacher).__name__
+                raise ValueError(
+                    f"teacher_logits are {got}, expected a mapping from each of {self.teachers} to "
+                    "its logits."
+                )
+            given = {name: teacher[name] for name in self.teachers}
+        masks = {}
+        for name, logits in given.items():
+            if isinstance(logits, tuple) and not isinstance(logits, TopK):
+                given[name], masks[name] = logits
+        return given, masks
 
     def _feature_names(self) -> Sequence[Any]:
         features = getattr(self.weight_net, "features", None)
@@ -548,35 +552,17 @@ class WeightedKDLoss(nn.Module):
 
     def _of_logits(self, flat: _Flat) -> Tensor:
         """[N, 1 + T], the hard loss and the teachers' soft losses."""
-        hard_loss = self.hard_loss or cross_entropy
-        soft_losses = [self._soft_loss_of(name) for name in flat.teachers]
-
-        def losses(student: Tensor, targets: Tensor, *teachers: Logits) -> Tensor:
-            columns = [_checked("hard_loss", hard_loss(student, targets), student)]
-            for soft_loss, teacher in zip(soft_losses, teachers, strict=True):
-                soft = soft_loss(student, dense(teacher, student.shape[1]), targets)
-                columns.append(_checked("soft_loss", soft, student))
-            return torch.stack(columns, dim=1)
-
-        own = (self.hard_loss, *(self._own_soft_loss(name) for name in flat.teachers))
-        row_by_row = all(loss is None or getattr(loss, "by_rows", False) for loss in own)
-        teachers = flat.teachers.values()
-        if row_by_row:
-            return by_chunks(losses, flat.student, flat.targets, *teachers)
-        return losses(flat.student, flat.targets, *teachers)
-
-    def _own_soft_loss(self, name: str) -> SoftLoss | None:
-        own = self.soft_loss
-        return own.get(name) if isinstance(own, Mapping) else own
-
-    def _soft_loss_of(self, name: str) -> SoftLoss:
-        """Of student and teacher logits and targets, with the settings of now."""
-        own, temperature = self._own_soft_loss(name), self.temperature
-        if own is None:
-            return lambda student, teacher, _: temperature_kl(student, teacher, temperature)
-        if getattr(own, "needs_targets", False):
-            return own
-        return lambda student, teacher, _: own(student, teacher)
+        soft_losses = [self.soft_loss] * len(flat.teachers)
+        if self.teachers is not None and isinstance(self.soft_loss, Mapping):
+            soft_losses = [self.soft_loss.get(name) for name in self.teachers]
+        losses = partial(_row_losses, self.hard_loss, soft_losses, self.temperature)
+        given: tuple[Any, ...] = (flat.targets, *flat.teachers.values())
+        if not is_large(flat.student):
+            return losses(flat.student, *given)
+        own = [loss for loss in (self.hard_loss, *soft_losses) if loss is not None]
+        if not all(getattr(loss, "by_rows", False) for loss in own):
+            return losses(flat.student, *given)
+        return by_chunks(losses, flat.student, *given)
 
     def _more(
         self, flat: _Flat, given: Mapping[str, Any]
@@ -610,6 +596,29 @@ class WeightedKDLoss(nn.Module):
         if targets.is_floating_point():
             shape.pop(self.class_dim)
         return shape
+
+
+def _row_losses(
+    hard_loss: HardLoss | None,
+    soft_losses: Sequence[SoftLoss | None],
+    temperature: float,
+    student: Tensor,
+    targets: Tensor,
+    *teachers: Logits,
+) -> Tensor:
+    """[n, 1 + T] of rows, by settings as they were when they were given."""
+    if hard_loss is None:
+        columns = [cross_entropy(student, targets)]
+    else:
+        columns = [_checked("hard_loss", hard_loss(student, targets), student)]
+    for soft_loss, teacher in zip(soft_losses, teachers, strict=True):
+        teacher = dense(teacher, student.shape[1])
+        if soft_loss is None:
+            columns.append(temperature_kl(student, teacher, temperature))
+            continue
+        labels = (targets,) if getattr(soft_loss, "needs_targets", False) else ()
+        columns.append(_checked("soft_loss", soft_loss(student, teacher, *labels), student))
+    return torch.stack(columns, dim=1)
 
 
 def _row(labels: Tensor) -> Tensor:

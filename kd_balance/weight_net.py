@@ -115,23 +115,19 @@ def compute_features(
         ValueError: a callable returned another shape than [N], or it is not said of which teacher.
     """
     columns, classes = [], student_logits.shape[1]
+    several = isinstance(teacher_logits, Mapping)
     with torch.no_grad():
         for feature in features:
-            teacher: Any = teacher_logits
             if not isinstance(feature, str):
-                given = _of_all(teacher, classes)
-                column = feature(student_logits, given, targets)
+                column = feature(student_logits, _of_all(teacher_logits, classes), targets)
             elif feature in losses:
                 column = losses[feature]
             else:
+                teacher: Any = teacher_logits
                 name, _, last = feature.rpartition(".")
-                if name or isinstance(teacher, Mapping):
+                if name or several:
                     teacher = _of_teacher(name, last, teacher, student_logits)
-                function = FEATURES[last]
-                column = by_chunks(
-                    lambda s, t, y, f=function: f(s, dense(t, classes), y),
-                    student_logits, teacher, targets,
-                )
+                column = by_chunks(_of_rows(last), student_logits, teacher, targets)
             if column.shape != student_logits.shape[:1]:
                 raise ValueError(
                     f"feature {feature!r} returned shape {tuple(column.shape)}, expected "
@@ -139,6 +135,11 @@ def compute_features(
                 )
             columns.append(column)
         return torch.stack(columns, dim=1)
+
+
+def _of_rows(feature: str) -> Callable[..., Tensor]:
+    function = FEATURES[feature]
+    return lambda s, t, y: function(s, dense(t, s.shape[1]), y)
 
 
 def _of_all(teacher: Any, classes: int) -> Any:

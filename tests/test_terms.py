@@ -413,3 +413,28 @@ def test_a_soft_meta_loss_of_several_teachers_is_refused(kind):
             teacher=student,
         )
     assert_one_sentence(error)
+
+
+def test_a_student_changed_before_the_step_is_seen_where_values_are_recorded():
+    """Recorded values are the same whatever a replay gives: its outputs tell."""
+    class Scaled(Student):
+        scale = 1.0
+
+        def forward(self, inputs):
+            features, logits = super().forward(inputs)
+            return features * self.scale, logits
+
+    torch.manual_seed(0)
+    student = Scaled().double()
+    inputs, teacher, features, labels, _ = draw(torch.Generator().manual_seed(1))
+    criterion = WeightedKDLoss(Table(3), terms={"map": None})
+    optimizer = BilevelOptimizer(
+        torch.optim.SGD(student.parameters(), 0.1), student, criterion, [(inputs, labels)],
+        every=1, meta_forward=lambda student, batch: (student(batch[0])[1], batch[1]),
+    )
+    own, logits = student(inputs)
+    criterion(logits, teacher, labels, map=attention(own, features)).backward()
+    student.scale = 2.0
+    with pytest.raises(ValueError, match="repeated and gave losses that differ") as error:
+        optimizer.step()
+    assert_one_sentence(error)
