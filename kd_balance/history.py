@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from os import PathLike
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from kd_balance.loss import WeightedKDLoss
-
-
-_POINTS = 50  # of a line at most; a longer record is averaged over stretches
+from kd_balance.meta_history import MetaHistory, criterion_settings, versions
+from kd_balance.optimizer import BilevelOptimizer
+from kd_balance.report import FORMAT, VERSION, write_report
+from kd_balance.report.stretches import stretches
 
 
 class WeightHistory:
@@ -28,9 +31,13 @@ class WeightHistory:
         criterion: the loss to watch.
         num_classes: C; by default the size of the logits' class dimension in the first call.
         every: calls that make up one row of the record, at least 1.
+        optimizer: the BilevelOptimizer that was given `criterion`, whose meta updates, settings and
+            warnings are recorded too; None records the weights alone.
 
     Raises:
-        ValueError: `every` below 1; at the first call, logits with more than `num_classes` classes.
+        ValueError: `every` below 1, or an optimizer of another criterion; at the first call, logits
+            with more than `num_classes` classes.
+        TypeError: an optimizer that is no BilevelOptimizer.
 
     Example::
 
@@ -43,10 +50,27 @@ class WeightHistory:
     """
 
     def __init__(
-        self, criterion: WeightedKDLoss, num_classes: int | None = None, every: int = 1
+        self,
+        criterion: WeightedKDLoss,
+        num_classes: int | None = None,
+        every: int = 1,
+        optimizer: BilevelOptimizer | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}, expected at least 1 call for each row.")
+        if not isinstance(optimizer, BilevelOptimizer | None):
+            raise TypeError(
+                f"optimizer is {type(optimizer).__name__}, expected the BilevelOptimizer: wrap the "
+                "student's optimizer first, or leave it out to record the weights alone."
+            )
+        if optimizer is not None and optimizer.criterion is not criterion:
+            raise ValueError(
+                f"optimizer trains the weights of another {type(optimizer.criterion).__name__}, "
+                "expected that of criterion: give WeightHistory the criterion that the optimizer "
+                "was given."
+            )
+        self._criterion = criterion
+        self._meta = MetaHistory(optimizer)
         self._num_classes = num_classes
         self._every = every
         self._calls = 0
@@ -62,6 +86,7 @@ class WeightHistory:
     def close(self) -> None:
         """Stop recording; what was recorded stays."""
         self._hook.remove()
+        self._meta.close()
 
     def table(self) -> dict[str, np.ndarray]:
         """The record, a row for every `every` training calls and a column for each class.
@@ -82,10 +107,68 @@ class WeightHistory:
             **means,
         }
 
+    def as_dict(self) -> dict[str, Any]:
+        """All that was recorded, in lists, strings and numbers that JSON can hold.
+
+        Returns:
+            ``weights``, the columns of :meth:`table`, with None where there were no samples;
+            ``meta``, a row for each hypergradient: ``step`` (student steps up to it),
+            ``meta_loss``, ``hypergradient_norm``, ``skipped`` and ``skipped_by_…`` for each cause
+            that occurred; ``class_counts`` [C] or None; ``settings``, ``versions`` and
+            ``warnings``; and ``format`` and ``version``, which say what this is.
+        """
+        counts = self._criterion.class_counts
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "weights": {name: _plain(column) for name, column in self.table().items()},
+            "meta": {name: _plain(column) for name, column in self._meta.table().items()},
+            "class_counts": None if counts is None else _plain(np.asarray(counts)),
+            "settings": {**criterion_settings(self._criterion), **self._meta.settings},
+            "versions": versions(),
+            "warnings": self._meta.warnings,
+        }
+
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the arrays of :meth:`table` to an .npz file, for numpy.load."""
+        """Write the record to a file.
+
+        Args:
+            path: of a .json file for :meth:`as_dict`, from which ``python -m kd_balance.report``
+                makes a report; or of an .npz file for the arrays of :meth:`table`, for numpy.load.
+        """
+        if fspath(path).endswith(".json"):
+            Path(path).write_text(json.dumps(self.as_dict(), allow_nan=False), encoding="utf-8")
+            return
         arrays: dict[str, Any] = self.table()
         np.savez(path, **arrays)
+
+    def report(self, path: str | PathLike[str], class_counts: ArrayLike | None = None) -> None:
+        """Write what was recorded as one HTML page, for people; it loads nothing else.
+
+        Weights by class and by thirds of the classes (many, medium and few samples), and, with the
+        `optimizer`, meta loss, hypergradient norm, skipped updates by cause, settings and warnings.
+        Every plot has its numbers beside it. It may be written over and over while training.
+
+        Args:
+            path: of the page.
+            class_counts: training samples of each class [C], which order the classes; by default
+                those of :meth:`WeightedKDLoss.long_tailed`, or else the samples recorded.
+
+        Raises:
+            RuntimeError: nothing was recorded yet.
+            ValueError: `class_counts` of another length.
+            ImportError: matplotlib is missing.
+
+        Example::
+
+            history = WeightHistory(criterion, optimizer=optimizer)
+            ...  # training
+            history.report("run.html")
+        """
+        record = self.as_dict()
+        if class_counts is not None:
+            record["class_counts"] = _plain(np.asarray(class_counts))
+        write_report(record, path)
 
     def plot(self, path: str | PathLike[str], class_counts: ArrayLike | None = None) -> None:
         """Draw the weights of every class over the training calls, a panel for each term.
@@ -130,11 +213,10 @@ class WeightHistory:
                 f"class_counts has shape {frequency.shape}, expected ({classes},): give one number "
                 "for each class."
             )
-        blocks = min(rows, _POINTS)
-        starts = np.linspace(0, rows, blocks, endpoint=False).astype(int)
+        starts, ends = stretches(rows)
         sums = np.add.reduceat(sums, starts)
-        steps = np.array(self._steps)[np.append(starts[1:], rows) - 1]
-        calls = round(self._every * rows / blocks)
+        steps = np.array(self._steps)[ends - 1]
+        calls = round(self._every * rows / len(starts))
 
         head_to_tail = np.argsort(-frequency, kind="stable")
         # Without the palest tenth, which does not show on white.
@@ -176,6 +258,7 @@ class WeightHistory:
             "open": None if self._open is None else self._open.cpu().clone(),
             "rows": self._rows(),
             "steps": torch.tensor(self._steps, dtype=torch.long),
+            "meta": self._meta.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -206,6 +289,8 @@ class WeightHistory:
         self._waiting = []
         self._fetched = rows.view(len(rows), self._num_classes or 0, 1 + len(self._names))
         self._steps = state["steps"].tolist()
+        if "meta" in state:  # states of before 1.0 have none
+            self._meta.load_state_dict(state["meta"])
 
     def _record(
         self, criterion: WeightedKDLoss, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor
@@ -249,3 +334,12 @@ class WeightHistory:
             self._fetched = torch.cat((self._fetched, waiting))
             self._waiting = []
         return self._fetched
+
+
+def _plain(array: np.ndarray) -> list[Any]:
+    """Nested lists; None for what is not finite, and a float32 by its own few digits."""
+    if array.ndim > 1:
+        return [_plain(row) for row in array]
+    if array.dtype.kind != "f":
+        return array.tolist()
+    return [float(str(x)) if finite else None for x, finite in zip(array, np.isfinite(array))]

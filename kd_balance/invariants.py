@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +63,7 @@ _BROKEN = {
         "step() move them."
     ),
 }
+CAUSES = tuple(_BROKEN)
 _TOLERANCE = {
     REPLAY: (1e-6, 1e-3, 5e-2),
     WEIGHTS: (1e-9, 1e-4, 1e-2),
@@ -92,7 +92,8 @@ class Invariants:
         """The coarsest number format that the student computes in."""
         self._products: Tensor | None = None
         self._found: list[tuple[str, Tensor, float]] = []
-        self._failures: dict[str, Any] = {}
+        self.failures: dict[str, Tensor] = {}
+        """Counts by their cause, on the accelerator."""
         self._told: dict[str, float] = {}
 
     def replayed(self, actual: Sequence[Tensor], recorded: Sequence[Tensor]) -> None:
@@ -199,13 +200,14 @@ class Invariants:
                     raise Broken(cause, _BROKEN[cause].format(error=value))
                 continue
             fails = error > tolerance
-            self._failures[cause] = self._failures.get(cause, 0) + fails.long()
+            before = self.failures.get(cause)
+            self.failures[cause] = fails.long() if before is None else before + fails.long()
             holds = ~fails if holds is None else holds & ~fails
         return holds
 
     def counts(self) -> dict[str, float]:
         """Failures by their cause; reading waits for the device."""
-        return {cause: float(count) for cause, count in self._failures.items()}
+        return {cause: float(count) for cause, count in self.failures.items()}
 
     def check(self) -> None:
         """Raises what failed since the last time; waits for the device.

@@ -206,13 +206,14 @@ class BilevelOptimizer(Optimizer):
         self._looked = False  # at a step alone
         self._tried = False  # through a whole window
         self._superseded = False
-        self._warned: set[str] = set()
+        self._warned: list[str] = []
         self._meta_updates = 0
         self._meta_loss = torch.tensor(float("nan"))
         self._meta_loss_start = torch.tensor(float("nan"))
         self._hypergradient_norm = torch.tensor(float("nan"))
         self._mean_weights = torch.full((len(criterion.names),), float("nan"))
         self._skipped = torch.zeros((), dtype=torch.long)
+        self._last_skipped = torch.tensor(False)
         self.__setstate__({})  # gives this optimizer its own step hooks
         _supersede_wrapper_of(module)
         self._gradients = Gradients(self._structure, whole)
@@ -585,7 +586,7 @@ class BilevelOptimizer(Optimizer):
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
-            self._warned.add(text)
+            self._warned.append(text)
             warnings.warn(text, stacklevel=6)
 
     def _unrelated_step(self, closure: Callable[[], Any] | None) -> None:
@@ -671,11 +672,10 @@ class BilevelOptimizer(Optimizer):
                     f"or a hook within the student's forward, and unroll is {self.unroll}, "
                     "expected a hypergradient through one step: set unroll=1, or remove them."
                 ) from broken
-            warnings.warn(
+            self._warn_once(
                 "Forward mode and the backward pass disagree, as they do over torch.no_grad() or "
                 "a hook within the student's forward, so hypergradients go through double "
-                "backward, which costs more time and memory.",
-                stacklevel=4,
+                "backward, which costs more time and memory."
             )
         if self.unroll > 1:
             trained = {n: p for step in steps for n, p in step.update.params.items()}
@@ -776,7 +776,8 @@ class BilevelOptimizer(Optimizer):
         if windows < _FIRST:
             start = self._meta_loss_start.to(loss) if windows else loss
             self._meta_loss_start = start + (loss - start) / (windows + 1)
-        self._skipped = self._skipped.to(norm.device) + ~finite
+        self._last_skipped = ~finite
+        self._skipped = self._skipped.to(norm.device) + self._last_skipped
         self._accumulated += 1
         if self._accumulated < self.accumulate:
             return False
