@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 FORMAT, VERSION = "kd_balance.history", 1
+_META = {"step", "meta_loss", "hypergradient_norm", "skipped"}
 _MAKE = "give it a JSON file that WeightHistory.save('history.json') wrote."
 
 
@@ -78,7 +79,7 @@ class Record:
 
     def _check_shapes(self) -> None:
         shape = self.count.shape
-        if len(shape) != 2 or len(shape[:1] + self.step.shape) != 2 or shape[0] != len(self.step):
+        if len(shape) != 2 or self.step.shape != shape[:1]:
             raise ValueError(
                 f"The history has counts of shape {shape} and {len(self.step)} rows, expected "
                 f"[rows, classes]: {_MAKE}"
@@ -89,10 +90,11 @@ class Record:
                     f"The history has {name} weights of shape {values.shape}, expected {shape}: "
                     f"{_MAKE}"
                 )
-        rows = {name: values.shape for name, values in self.meta.items()}
-        if len(set(rows.values())) > 1:
+        lengths = {name: len(values) for name, values in self.meta.items()}
+        if len(set(lengths.values())) > 1 or not _META <= set(lengths):
             raise ValueError(
-                f"The history has meta updates of different lengths {rows}, expected one: {_MAKE}"
+                f"The history has {lengths} numbers of its meta updates, expected as many of each "
+                f"of {sorted(_META)}: {_MAKE}"
             )
         if self.class_counts is not None and self.class_counts.shape != shape[1:]:
             raise ValueError(
