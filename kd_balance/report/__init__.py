@@ -35,11 +35,13 @@ def write_report(record: Mapping[str, Any], path: str | PathLike[str]) -> None:
         write_report(read("history.json"), "run.html")
     """
     try:
-        from kd_balance.report.page import page
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "A report needs matplotlib, which is missing: install it by "
             "pip install 'kd-balance[plot]'."
         ) from error
+    from kd_balance.report.page import page
+
     text = page(Record.of(record), title=Path(path).stem)
     Path(path).write_text(text, encoding="utf-8")

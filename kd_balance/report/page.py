@@ -25,7 +25,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--page);
 h1 { margin: .5rem 0 1rem; font-size: 1.6rem; line-height: 1.2; }
 h2 { margin: 2rem 0 .75rem; font-size: 1.2rem; }
 a { color: var(--link); }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.cards { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 .card { margin: 0; padding: .9rem; border: 1px solid var(--line); border-radius: .5rem;
   background: var(--card); display: flex; flex-direction: column; }
 .card h3 { margin: 0; font-size: 1rem; }

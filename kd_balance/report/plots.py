@@ -121,9 +121,8 @@ def _meta_curve(record: Record, key: str, title: str, note: str) -> Plot:
     starts, ends = stretches(len(record.meta["step"]))
     step, values = record.meta["step"][ends - 1], record.meta[key]
     finite = np.isfinite(values)
-    mean = _ratio(
-        np.add.reduceat(np.where(finite, values, 0), starts), np.add.reduceat(finite, starts, dtype=int)
-    )
+    total = np.add.reduceat(np.where(finite, values, 0), starts)
+    mean = _ratio(total, np.add.reduceat(finite, starts, dtype=int))
     if not finite.all():
         note += f" {(~finite).sum()} that were not finite are left out."
 
@@ -174,7 +173,7 @@ def _skipped(record: Record) -> Plot:
 
 
 def _condensed(record: Record, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each stretch its last step [S], and of each class the samples and summed weights [S, C]."""
+    """Of each stretch its last step [S], and samples and summed weights of each class [S, C]."""
     starts, ends = stretches(len(record.step))
     total = np.where(record.count > 0, record.weights[name], 0) * record.count
     count = np.add.reduceat(record.count, starts)

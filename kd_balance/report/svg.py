@@ -40,7 +40,7 @@ def svg(plot: Plot, theme: Theme, name: str) -> str:
     Args:
         name: that no other drawing on the page has; its elements are named by it.
     """
-    settings: dict[str, Any] = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.family": "sans-serif",
