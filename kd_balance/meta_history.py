@@ -70,7 +70,7 @@ class MetaHistory:
 
     @property
     def settings(self) -> dict[str, str]:
-        """How the optimizer is set now, for people to read."""
+        """How the optimizer is set, for people to read."""
         optimizer = self._optimizer
         if optimizer is None:
             return {}
@@ -84,7 +84,7 @@ class MetaHistory:
         count = len(optimizer.param_groups)
         return {
             "optimizer": ", ".join(type(each).__name__ for each in inner),
-            "learning rate now": ", ".join(dict.fromkeys(rates[:count])),
+            "last learning rate": ", ".join(dict.fromkeys(rates[:count])),
             "method": optimizer.method,
             "every": str(optimizer.every),
             "unroll": str(optimizer.unroll),
@@ -93,7 +93,7 @@ class MetaHistory:
             "step_derivative": optimizer.step_derivative,
             "meta_loss": _name(optimizer._objective.kind),
             "meta optimizer": type(optimizer.meta_optimizer).__name__,
-            "its learning rate now": ", ".join(dict.fromkeys(rates[count:])),
+            "its last learning rate": ", ".join(dict.fromkeys(rates[count:])),
             "processes": str(optimizer._ranks.size),
             "device": _device(optimizer._names),
         }

@@ -20,7 +20,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --faint: #a3acb6; --line: #3a414a;
   --page: #16191d; --card: #1e2328; --link: #72c0f5; --warn: #ffb27d; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--page);
+body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--page);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { margin: .5rem 0 1rem; font-size: 1.6rem; line-height: 1.2; }
 h2 { margin: 2rem 0 .75rem; font-size: 1.2rem; }

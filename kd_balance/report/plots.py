@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from kd_balance.report.record import Record
 from kd_balance.report.stretches import stretches
 
-_WIDTH = 4.6  # inches, so that its text has the page's own size on a phone
+_WIDTH = 4.0  # inches, so that its text has the page's own size on a phone
 _LABELS = 12  # of classes at an axis, so that none overlap
 _CALLS, _STEPS = "training calls of the criterion", "student steps"
 _WIDE = 30  # from which ratio of the largest to the smallest number on an axis is logarithmic
@@ -35,7 +35,7 @@ class Plot:
     note: str
     columns: dict[str, np.ndarray]  # [points] each, by their names
     draw: Callable[[Figure], None]
-    size: tuple[float, float] = (_WIDTH, 2.9)  # inches
+    size: tuple[float, float] = (_WIDTH, 2.6)  # inches
 
 
 def plots(record: Record) -> Iterator[Plot]:
@@ -85,7 +85,7 @@ def _by_group(record: Record, name: str) -> Plot:
     ]
     unit = _unit(record)
     note = f"Mean over the samples of each third of the classes, by {unit} ({'; '.join(ranges)})."
-    return Plot(f"{_capital(name)} weight by class frequency", note + _pooled(record.step, "calls"),
+    return Plot(f"{_capital(name)} weight by class frequency", note + _calls_of_a_point(record),
                 columns, draw)
 
 
@@ -111,9 +111,9 @@ def _by_class(record: Record, name: str) -> Plot:
 
     note = "Mean over the samples of each class, the most frequent on top; blank where none came."
     return Plot(
-        f"{_capital(name)} weight of every class", note + _pooled(record.step, "calls"),
+        f"{_capital(name)} weight of every class", note + _calls_of_a_point(record),
         {"step": step, **{f"class {c}": mean[:, c] for c in range(classes)}}, draw,
-        (_WIDTH, 1.2 + 0.2 * min(max(classes, 6), _LABELS)),
+        (_WIDTH, 1.1 + 0.2 * min(max(classes, 6), _LABELS)),
     )
 
 
@@ -136,9 +136,10 @@ def _meta_curve(record: Record, key: str, title: str, note: str) -> Plot:
         if wide and mean[shown].max() > _WIDE * mean[shown].min():
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.minorticks_off()
         _plain_axes(figure)
 
-    note += _pooled(record.meta["step"], "meta updates")
+    note += _pooled(len(values), len(values), "hypergradients")
     return Plot(title, note, {"step": step.astype(int), key: mean}, draw)
 
 
@@ -205,12 +206,14 @@ def _range(frequency: np.ndarray) -> str:
     return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
 
 
-def _pooled(step: np.ndarray, of: str) -> str:
+def _calls_of_a_point(record: Record) -> str:
+    return _pooled(len(record.step), record.step[-1], "calls")
+
+
+def _pooled(rows: int, spanned: int, unit: str) -> str:
     """What a point is the mean of, where a record is too long for a point of each row."""
-    starts, _ = stretches(len(step))
-    if len(starts) == len(step):
-        return ""
-    return f" A point is the mean over a fiftieth of the record of {len(step)} rows ({of})."
+    points = len(stretches(rows)[0])
+    return "" if points == rows else f" A point is the mean over about {spanned / points:.0f} {unit}."
 
 
 def _capital(name: str) -> str:
