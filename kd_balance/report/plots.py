@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from kd_balance.report.record import Record
 from kd_balance.report.stretches import stretches
@@ -16,6 +16,7 @@ _WIDTH = 4.0  # inches, so that its text has the page's own size on a phone
 _LABELS = 12  # of classes at an axis, so that none overlap
 _CALLS, _STEPS = "training calls of the criterion", "student steps"
 _WIDE = 30  # from which ratio of the largest to the smallest number on an axis is logarithmic
+_SHORT = EngFormatter(sep="")  # 250k rather than 250000
 _CAUSES = {
     "skipped_by_replay": "repeated call differs",
     "skipped_by_weights": "repeated weights differ",
@@ -101,13 +102,13 @@ def _by_class(record: Record, name: str) -> Plot:
         mesh = axes.pcolormesh(*edges, mean.T[order], rasterized=True)
         figure.colorbar(mesh, ax=axes, label="mean weight").outline.set_visible(False)
         ranks = np.linspace(0, classes - 1, min(classes, _LABELS)).round().astype(int)
-        axes.set_yticks(ranks, [f"{order[r]} ({record.frequency[order[r]]:.0f})" for r in ranks])
+        axes.set_yticks(ranks, [f"{c} ({_short(record.frequency[c])})" for c in order[ranks]])
         axes.invert_yaxis()
         axes.set_ylabel(f"class ({_unit(record)})")
         axes.set_xlabel(_CALLS)
         _plain_axes(figure)
         axes.grid(False)
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, pad=6)
 
     note = "Mean over the samples of each class, the most frequent on top; blank where none came."
     return Plot(
@@ -189,6 +190,7 @@ def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 def _plain_axes(figure: Figure) -> None:
     axes = figure.axes[0]
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(_SHORT)
     axes.spines[:].set_visible(False)
     axes.grid(True)
 
@@ -201,9 +203,13 @@ def _unit(record: Record) -> str:
     return "times seen" if record.class_counts is None else "training samples"
 
 
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number < 1e5 else _SHORT(round(number, -4))
+
+
 def _range(frequency: np.ndarray) -> str:
     low, high = frequency.min(), frequency.max()
-    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+    return _short(low) if low == high else f"{_short(low)} to {_short(high)}"
 
 
 def _calls_of_a_point(record: Record) -> str:
@@ -213,7 +219,8 @@ def _calls_of_a_point(record: Record) -> str:
 def _pooled(rows: int, spanned: int, unit: str) -> str:
     """What a point is the mean of, where a record is too long for a point of each row."""
     points = len(stretches(rows)[0])
-    return "" if points == rows else f" A point is the mean over about {spanned / points:.0f} {unit}."
+    about = f"{spanned / points:.0f}"
+    return "" if points == rows else f" A point is the mean over about {about} {unit}."
 
 
 def _capital(name: str) -> str:
