@@ -123,7 +123,7 @@ class WeightHistory:
             "version": VERSION,
             "weights": {name: _plain(column) for name, column in self.table().items()},
             "meta": {name: _plain(column) for name, column in self._meta.table().items()},
-            "class_counts": None if counts is None else _plain(np.asarray(counts)),
+            "class_counts": None if counts is None else torch.as_tensor(counts).tolist(),
             "settings": {**criterion_settings(self._criterion), **self._meta.settings},
             "versions": versions(),
             "warnings": self._meta.warnings,
@@ -167,7 +167,7 @@ class WeightHistory:
         """
         record = self.as_dict()
         if class_counts is not None:
-            record["class_counts"] = _plain(np.asarray(class_counts))
+            record["class_counts"] = torch.as_tensor(class_counts).tolist()
         write_report(record, path)
 
     def plot(self, path: str | PathLike[str], class_counts: ArrayLike | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_balance.invariants import CAUSES
@@ -152,8 +152,8 @@ def criterion_settings(criterion: Any) -> dict[str, str]:
         ),
         "temperature": f"{criterion.temperature:g}",
         "alpha": str(criterion.alpha),
-        "hard loss": _name(criterion.hard_loss or "cross entropy"),
-        "soft loss": ", ".join(_name(loss or "temperature KL") for loss in losses),
+        "hard loss": _name(criterion.hard_loss, "cross entropy"),
+        "soft loss": ", ".join(_name(loss, "temperature KL") for loss in losses),
         "reduction": criterion.reduction,
     }
 
@@ -173,12 +173,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def _name(thing: Any) -> str:
-    if isinstance(thing, str):
-        return thing
-    return type(thing).__name__ if isinstance(thing, nn.Module) else getattr(
-        thing, "__name__", type(thing).__name__
-    )
+def _name(thing: Any, default: str = "") -> str:
+    if thing is None or isinstance(thing, str):
+        return thing or default
+    return getattr(thing, "__name__", type(thing).__name__)
 
 
 def _device(params: Mapping[Tensor, str]) -> str:

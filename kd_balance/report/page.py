@@ -93,9 +93,9 @@ def _summary(record: Record) -> str:
         losses = record.meta["meta_loss"]
         losses = losses[np.isfinite(losses)]
         if len(losses):
-            tenth = min(10, len(losses))
-            first, last = losses[:tenth].mean(), losses[-tenth:].mean()
-            numbers[f"meta loss, mean of first and last {tenth}"] = f"{first:.3g} → {last:.3g}"
+            n = min(10, (len(losses) + 1) // 2)
+            first, last = losses[:n].mean(), losses[-n:].mean()
+            numbers[f"meta loss, mean of first and last {n}"] = f"{first:.3g} → {last:.3g}"
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(number)}</dd></div>"
         for name, number in numbers.items()
@@ -126,7 +126,7 @@ def _without_figure(record: Record) -> str:
             "optimizer=optimizer) to see the meta loss, and train for more than one window.</p>"
         )
     if not record.meta["skipped"].any():
-        return f"<p>None of the {len(record.meta['step'])} hypergradients was skipped.</p>"
+        return f"<p>No hypergradient was skipped, of {len(record.meta['step']):,}.</p>"
     return ""
 
 

@@ -125,7 +125,7 @@ def _meta_curve(record: Record, key: str, title: str, note: str) -> Plot:
     total = np.add.reduceat(np.where(finite, values, 0), starts)
     mean = _ratio(total, np.add.reduceat(finite, starts, dtype=int))
     if not finite.all():
-        note += f" {(~finite).sum()} that were not finite are left out."
+        note += f" Those that are not finite ({(~finite).sum()}) are left out."
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -219,7 +219,7 @@ def _calls_of_a_point(record: Record) -> str:
 def _pooled(rows: int, spanned: int, unit: str) -> str:
     """What a point is the mean of, where a record is too long for a point of each row."""
     points = len(stretches(rows)[0])
-    about = f"{spanned / points:.0f}"
+    about = f"{spanned / points:,.0f}"
     return "" if points == rows else f" A point is the mean over about {about} {unit}."
 
 

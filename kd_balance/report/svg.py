@@ -49,7 +49,7 @@ def svg(plot: Plot, theme: Theme, name: str) -> str:
         "axes.labelcolor": theme.ink,
         "axes.edgecolor": theme.faint,
         "axes.facecolor": "none",
-        "axes.prop_cycle": cycler(color=theme.lines, linestyle=["-", "--", "-.", ":", "-"]),
+        "axes.prop_cycle": cycler(color=theme.lines * 4, linestyle=["-", "--", "-.", ":"] * 5),
         "axes.formatter.useoffset": False,
         "xtick.color": theme.faint,
         "ytick.color": theme.faint,
