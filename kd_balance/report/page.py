@@ -12,13 +12,23 @@ import numpy as np
 
 from kd_balance.report.plots import Plot, plots
 from kd_balance.report.record import Record
-from kd_balance.report.svg import THEMES, svg
+from kd_balance.report.svg import COLORS, svg
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #24292f; --faint: #59636e; --line: #d8dee4;
-  --page: #ffffff; --card: #f6f8fa; --link: #0060a0; --warn: #9a3c00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --faint: #a3acb6; --line: #3a414a;
-  --page: #16191d; --card: #1e2328; --link: #72c0f5; --warn: #ffb27d; } }
+_COLORS = {
+    **COLORS,
+    "faint": ("#59636e", "#a3acb6"),
+    "page": ("#ffffff", "#16191d"),
+    "card": ("#f6f8fa", "#1e2328"),
+    "link": ("#0060a0", "#72c0f5"),
+    "warn": ("#9a3c00", "#ffb27d"),
+}
+_LIGHT, _DARK = (
+    " ".join(f"--{name}: {pair[i]};" for name, pair in _COLORS.items()) for i in (0, 1)
+)
+_STYLE = f"""
+:root {{ color-scheme: light dark; {_LIGHT} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+""" + """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--page);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -34,9 +44,6 @@ a { color: var(--link); }
 .card svg { display: block; width: 100%; height: auto; margin: auto 0; }
 .card a { margin-top: .6rem; font-size: .85rem; align-self: start; }
 svg text { font-family: system-ui, sans-serif !important; }
-svg.dark { display: none !important; }
-@media (prefers-color-scheme: dark) {
-  svg.light { display: none !important; } svg.dark { display: block !important; } }
 .sums { display: grid; gap: .75rem; margin: 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); }
 .sums div { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: .5rem; }
@@ -131,12 +138,11 @@ def _without_figure(record: Record) -> str:
 
 
 def _figure(plot: Plot, name: str) -> str:
-    drawings = "\n".join(svg(plot, theme, f"{name}-{theme.name}") for theme in THEMES)
     file = plot.title.lower().replace(" ", "_") + ".csv"
     data = base64.b64encode(_csv(plot.columns).encode()).decode()
     return (
         f'<figure class="card" id="{name}"><figcaption><h3>{escape(plot.title)}</h3>'
-        f"<p>{escape(plot.note)}</p></figcaption>\n{drawings}\n"
+        f"<p>{escape(plot.note)}</p></figcaption>\n{svg(plot, name)}\n"
         f'<a download="{escape(file, quote=True)}" href="data:text/csv;charset=utf-8;base64,'
         f'{data}">Numbers (CSV)</a></figure>'
     )

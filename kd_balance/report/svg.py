@@ -1,10 +1,9 @@
-"""A plot as SVG within a page: its text stays text, and its colours are those of a theme."""
+"""A plot as SVG within a page: its text stays text, and its colours are the page's variables."""
 
 from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -15,26 +14,24 @@ from matplotlib.figure import Figure
 from kd_balance.report.plots import Plot
 
 
-@dataclass(frozen=True)
-class Theme:
-    """The colours of a page."""
-
-    name: str
-    ink: str
-    faint: str
-    lines: tuple[str, ...]
-
-
-# lines that people who see fewer colours tell apart too: Okabe and Ito's
-THEMES = (
-    Theme("light", "#24292f", "#d8dee4", ("#0072b2", "#009e73", "#d55e00", "#9a5b8a", "#8a6d00")),
-    Theme("dark", "#e6e8eb", "#3a414a", ("#56b4e9", "#2fc79a", "#ff8f4a", "#e09ccb", "#f0e442")),
-)
+# of CSS variables, light and dark; the lines' are told apart by people who see fewer colours too
+COLORS = {
+    "ink": ("#24292f", "#e6e8eb"),
+    "line": ("#d8dee4", "#3a414a"),
+    "plot1": ("#0072b2", "#56b4e9"),
+    "plot2": ("#009e73", "#2fc79a"),
+    "plot3": ("#d55e00", "#ff8f4a"),
+    "plot4": ("#9a5b8a", "#e09ccb"),
+    "plot5": ("#8a6d00", "#f0e442"),
+}
+_LIGHT = {name: light for name, (light, _) in COLORS.items()}
+_INK, _FAINT = _LIGHT["ink"], _LIGHT["line"]
+_LINES = [light for name, light in _LIGHT.items() if name.startswith("plot")]
 _NAMESPACES = re.compile(r'\sxmlns(:\w+)?="[^"]*"')
 _REFERENCES = re.compile(r'((?<=\s)id="|url\(#|href="#)')
 
 
-def svg(plot: Plot, theme: Theme, name: str) -> str:
+def svg(plot: Plot, name: str) -> str:
     """Draws the plot.
 
     Args:
@@ -45,17 +42,17 @@ def svg(plot: Plot, theme: Theme, name: str) -> str:
         "svg.hashsalt": name,
         "font.family": "sans-serif",
         "font.size": 10,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "axes.edgecolor": theme.faint,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _FAINT,
         "axes.facecolor": "none",
-        "axes.prop_cycle": cycler(color=theme.lines * 4, linestyle=["-", "--", "-.", ":"] * 5),
+        "axes.prop_cycle": cycler(color=_LINES * 4, linestyle=["-", "--", "-.", ":"] * 5),
         "axes.formatter.useoffset": False,
-        "xtick.color": theme.faint,
-        "ytick.color": theme.faint,
-        "xtick.labelcolor": theme.ink,
-        "ytick.labelcolor": theme.ink,
-        "grid.color": theme.faint,
+        "xtick.color": _FAINT,
+        "ytick.color": _FAINT,
+        "xtick.labelcolor": _INK,
+        "ytick.labelcolor": _INK,
+        "grid.color": _FAINT,
         "grid.linewidth": 0.6,
         "lines.linewidth": 1.8,
         "legend.frameon": False,
@@ -71,5 +68,7 @@ def svg(plot: Plot, theme: Theme, name: str) -> str:
     text = file.getvalue()
     text = _NAMESPACES.sub("", text[text.index("<svg"):])
     text = _REFERENCES.sub(rf"\g<1>{name}-", text)
+    for variable, light in _LIGHT.items():
+        text = text.replace(light, f"var(--{variable})")
     label = escape(plot.title, quote=True)
-    return text.replace("<svg", f'<svg class="{theme.name}" role="img" aria-label="{label}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
