@@ -468,6 +468,7 @@ class WeightedKDLoss(nn.Module):
                 f"{tuple(expected)} for logits {tuple(student.shape)} with class_dim="
                 f"{self.class_dim}."
             )
+        check_labels("targets", targets, classes, self.ignore_index)
 
         student_rows = self._rows(student)
         dtype = student_rows.dtype
@@ -619,6 +620,27 @@ def _row_losses(
         labels = (targets,) if getattr(soft_loss, "needs_targets", False) else ()
         columns.append(_checked("soft_loss", soft_loss(student, teacher, *labels), student))
     return torch.stack(columns, dim=1)
+
+
+def check_labels(name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Looks for labels that are no class; on an accelerator torch's own kernels do.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if labels.device.type != "cpu" or labels.is_floating_point() or not labels.numel():
+        return
+    if torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in labels.aminmax())
+    if 0 <= low and high < classes:
+        return
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise ValueError(
+            f"{name} hold the class {int(wrong[0])}, expected 0 to {classes - 1}, or the "
+            f"ignore_index, {ignore_index}: relabel it, or give the logits that class."
+        )
 
 
 def _row(labels: Tensor) -> Tensor:

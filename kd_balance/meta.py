@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from kd_balance.hard_losses import cross_entropy
 from kd_balance.logits import Alignment, Unlike, Untraceable, places_behind
-from kd_balance.loss import WeightedKDLoss
+from kd_balance.loss import WeightedKDLoss, check_labels
 from kd_balance.record import CriterionCall
 from kd_balance.replay import RandomState, StudentCall, leaves_of, preserved_random_state
 
@@ -156,6 +156,8 @@ class MetaObjective:
         if self._forward is None:
             inputs, targets = _split(batch)
             args, kwargs = _in_place_of(call, inputs)
+            ignore = self._criterion.ignore_index
+            check_labels("labels of a meta batch", targets, training.classes, ignore)
             if not self._compared:  # once: it waits for the device
                 self._compare_labels(training, targets, (args, kwargs))
             if "labels" in call.kwargs:

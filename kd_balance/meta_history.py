@@ -65,7 +65,7 @@ class MetaHistory:
     @property
     def warnings(self) -> list[str]:
         """Those that the optimizer gave, in order."""
-        now = [] if self._optimizer is None else self._optimizer._warned
+        now = [] if self._optimizer is None else self._optimizer._warned.values()
         return list(dict.fromkeys([*self._earlier_warnings, *now]))
 
     @property
@@ -126,7 +126,7 @@ class MetaHistory:
             else failures[cause] - before[cause] if cause in before else failures[cause]
             for cause in CAUSES
         ]
-        row = (self._last, optimizer._hypergradient_norm, optimizer._last_skipped, *new)
+        row = (self._last, optimizer._hypergradient_norm, optimizer._skipped.last, *new)
         self._waiting.append(torch.stack([x.detach().to(self._last) for x in row]))
         self._steps.append(optimizer._steps)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from kd_balance.inner_step import (
     DIFFERENTIABLE,
     InnerStep,
     Update,
+    exact_dtype,
     full_name,
     is_differentiable,
     known_optimizers,
@@ -34,6 +37,7 @@ from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import CriterionCall, Recorder, Recording
 from kd_balance.replay import LoopBackward, Structure, replayable, stops_gradients
+from kd_balance.skipped import Skipped
 
 METHODS = ("online", "lookahead", "paper")
 DERIVATIVES = ("exact", "finite_difference", "sgd")
@@ -41,6 +45,8 @@ UNROLL, EVERY = 4, 64  # a window: fewer steps of it gain less, more windows gai
 _FIRST = 10  # windows that tell where the meta loss began
 _ASYMMETRY = 0.01  # of a step's Jacobian, relative
 _RATE = 1e-3  # of φ's Adam, for windows of up to UNROLL steps
+
+_OF_PACKAGES = re.compile(r"(kd_balance|torch)(\.|$)")
 
 _watching: WeakSet[BilevelOptimizer] = WeakSet()
 
@@ -201,19 +207,19 @@ class BilevelOptimizer(Optimizer):
         self._weight_net = weight_net
         self._steps = 0
         self._partial_average: list[Tensor] = []
+        self._holds_some = torch.tensor(False)  # whether one in the average is not skipped
         self._accumulated = 0
         self._window: list[InnerStep] = []
         self._looked = False  # at a step alone
         self._tried = False  # through a whole window
         self._superseded = False
-        self._warned: list[str] = []
+        self._warned: dict[str, str] = {}  # texts by their kind
         self._meta_updates = 0
         self._meta_loss = torch.tensor(float("nan"))
         self._meta_loss_start = torch.tensor(float("nan"))
         self._hypergradient_norm = torch.tensor(float("nan"))
         self._mean_weights = torch.full((len(criterion.names),), float("nan"))
-        self._skipped = torch.zeros((), dtype=torch.long)
-        self._last_skipped = torch.tensor(False)
+        self._skipped = Skipped()
         self.__setstate__({})  # gives this optimizer its own step hooks
         _supersede_wrapper_of(module)
         self._gradients = Gradients(self._structure, whole)
@@ -448,23 +454,23 @@ class BilevelOptimizer(Optimizer):
         step's batch, in which a term that a sample lacks weighs 0; all nan before the first),
         ``meta_updates`` (steps that φ's optimizer took so far) and ``skipped_updates``
         (hypergradients that were not finite, or on an accelerator broke an invariant). The latter
-        count as zero in a step that is taken all the same, by momentum and weight decay alone
-        where there are no others, and that ``meta_updates`` counts; those of a broken invariant
-        stand by their cause in ``skipped_by_…``, once there are some.
+        count as zero in an average with others, and without others φ stays where it is. They stand
+        by their cause in ``skipped_by_…``, once there are some.
 
         Raises:
             ValueError: on an accelerator, an invariant broke since the last reading.
         """
         self._invariants.check()
+        self._tell_if_all_skipped()
         mean_weights = zip(self.criterion.names, self._mean_weights.tolist(), strict=True)
         return {
             "meta_loss": self._meta_loss.item(),
             "meta_loss_start": self._meta_loss_start.item(),
             "hypergradient_norm": self._hypergradient_norm.item(),
             **{f"{name}_weight": mean for name, mean in mean_weights},
-            "meta_updates": float(self._meta_updates),
-            "skipped_updates": float(self._skipped.item()),
-            **{f"skipped_by_{k}": n for k, n in self._invariants.counts().items() if n},
+            "meta_updates": float(self._meta_updates - self._skipped.steps.item()),
+            "skipped_updates": float(self._skipped.updates.item()),
+            **{f"skipped_by_{k}": n for k, n in self._skip_causes().items() if n},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -487,9 +493,10 @@ class BilevelOptimizer(Optimizer):
             "steps": self._steps,
             "meta_updates": self._meta_updates,
             "meta_loss_start": self._meta_loss_start,
-            "skipped_updates": self._skipped,
+            "skipped": self._skipped.state_dict(),
             "accumulated": self._accumulated,
             "partial_average": self._partial_average,
+            "holds_some": self._holds_some,
         }
         return {**self.optimizer.state_dict(), "kd_balance": meta_state}
 
@@ -525,7 +532,8 @@ class BilevelOptimizer(Optimizer):
         self._steps = meta_state["steps"]
         self._meta_updates = meta_state["meta_updates"]
         self._meta_loss_start = meta_state["meta_loss_start"]
-        self._skipped = meta_state["skipped_updates"]
+        self._skipped.load_state_dict(meta_state["skipped"])
+        self._holds_some = meta_state["holds_some"]
         self._accumulated = meta_state["accumulated"]
         like = zip(meta_state["partial_average"], self.criterion.phi)
         self._partial_average = [part.to(param) for part, param in like]
@@ -581,13 +589,12 @@ class BilevelOptimizer(Optimizer):
     @property
     def _is_rare(self) -> bool:
         """Whether costly checks are due, as at the first window and ever more rarely after it."""
-        windows = self._meta_updates * self.accumulate + self._accumulated
-        return windows & (windows + 1) == 0
+        return self._windows & (self._windows + 1) == 0
 
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.append(text)
-            warnings.warn(text, stacklevel=6)
+    def _warn_once(self, text: str, kind: str = "") -> None:
+        if (kind or text) not in self._warned:
+            self._warned[kind or text] = text
+            warnings.warn(text, stacklevel=_loop_level())
 
     def _unrelated_step(self, closure: Callable[[], Any] | None) -> None:
         """A step on gradients of other losses alone, in a run that knows the criterion."""
@@ -755,8 +762,10 @@ class BilevelOptimizer(Optimizer):
             told = torch.cat([t.detach().double().flatten() for t in (*norms, *self.criterion.phi)])
             self._invariants.shared(told, *self._ranks.mean([told]))
         holds = self._invariants.settle()
-        norm = torch.stack(torch._foreach_norm(hypergradient)).norm()
-        finite = norm.isfinite() if holds is None else norm.isfinite() & holds
+        flat = torch.cat([part.flatten() for part in hypergradient])
+        flat = flat.to(exact_dtype(flat.device))  # whose squares fit
+        finite = flat.isfinite().all() & loss.isfinite().to(flat.device)
+        finite = finite if holds is None else finite & holds
         weights = torch.cat([call.weights for call in steps[-1].calls])
         broken, total, count = self._ranks.mean(
             [n.to(weights.dtype) for n in (~finite, weights.sum(0), weights.any(1).sum())]
@@ -771,23 +780,67 @@ class BilevelOptimizer(Optimizer):
         if self._partial_average:
             share = list(torch._foreach_add(self._partial_average, share))
         self._partial_average = share
-        self._meta_loss, self._hypergradient_norm = loss, norm
-        windows = self._meta_updates * self.accumulate + self._accumulated
-        if windows < _FIRST:
-            start = self._meta_loss_start.to(loss) if windows else loss
-            self._meta_loss_start = start + (loss - start) / (windows + 1)
-        self._last_skipped = ~finite
-        self._skipped = self._skipped.to(norm.device) + self._last_skipped
+        self._meta_loss, self._hypergradient_norm = loss, flat.norm()
+        self._note_start(loss)
+        self._skipped.note(finite, loss, flat)
+        self._holds_some = self._holds_some.to(finite.device) | finite
         self._accumulated += 1
+        if finite.device.type == "cpu":
+            self._tell_if_all_skipped()
         if self._accumulated < self.accumulate:
             return False
         for param, gradient in zip(self.criterion.phi, self._partial_average, strict=True):
             param.grad = gradient
-        self.meta_optimizer.step()
-        self._partial_average = []
+        self._step_weight_net(self._holds_some)
+        self._partial_average, self._holds_some = [], torch.tensor(False)
         self._accumulated = 0
         self._meta_updates += 1
         return True
+
+    @property
+    def _windows(self) -> int:
+        """That are over."""
+        return self._meta_updates * self.accumulate + self._accumulated
+
+    def _note_start(self, loss: Tensor) -> None:
+        if (windows := self._windows) < _FIRST:
+            start = self._meta_loss_start.to(loss)
+            start = torch.where(start.isfinite(), start, loss)
+            mean = start + (loss - start) / (windows + 1)
+            self._meta_loss_start = torch.where(loss.isfinite(), mean, start)
+
+    def _step_weight_net(self, taken: Tensor) -> None:
+        """Takes the step of φ, or none where nobody may wait to learn that it is not to be taken.
+
+        Args:
+            taken: a bool on φ's device.
+        """
+        self._skipped.note_step(taken)
+        if taken.device.type == "cpu":
+            if taken:
+                self.meta_optimizer.step()
+            return
+        states = self.meta_optimizer.state.values()
+        held = [p.detach() for p in self.criterion.phi]
+        held += [x for state in states for x in state.values() if isinstance(x, Tensor)]
+        held = [x for x in held if x.device == taken.device]
+        before = copies(held)
+        self.meta_optimizer.step()
+        for now, old in zip(held, before, strict=True):
+            now.copy_(torch.where(taken, now, old))
+
+    def _skip_causes(self) -> dict[str, float]:
+        return {**self._skipped.counts(), **self._invariants.counts()}
+
+    def _tell_if_all_skipped(self) -> None:
+        if (windows := self._windows) < _FIRST or self._skipped.updates < windows:
+            return
+        causes = ", ".join(f"{cause}: {n:.0f}" for cause, n in self._skip_causes().items() if n)
+        self._warn_once(
+            f"All {windows} meta updates so far were skipped ({causes}), so the weight net learns "
+            "nothing: look for nan and inf in the meta batches and in what becomes of them.",
+            "all skipped",
+        )
 
     def _reweigh_gradients(self, inner: InnerStep) -> None:
         """Turns the student's gradients into those under the new φ, in place."""
@@ -824,12 +877,8 @@ class BilevelOptimizer(Optimizer):
         if self._grad_scaler is None:
             for call in calls:
                 # on an accelerator the check would wait for the device: see metrics
-                if call.result.device.type == "cpu" and not call.result.isfinite().all():
-                    raise ValueError(
-                        f"the criterion returned {call.result.flatten()[0].item()}, expected a "
-                        "finite loss: look for nan or inf in the student's or teacher's logits, "
-                        "such as a class that is −inf in the student's alone."
-                    )
+                if call.result.device.type == "cpu":
+                    _check_finite(call)
 
     def _undo_loss_scale(self, recording: Recording) -> float:
         """Takes the scaler's factor out of the recorded calls, and returns it."""
@@ -857,12 +906,43 @@ class BilevelOptimizer(Optimizer):
         return clipping
 
 
+def _loop_level() -> int:
+    """How many calls above the caller's the loop is, which torch's and this package's stand in."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _OF_PACKAGES.match(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 @contextmanager
 def _modes_of_our_own(device: torch.device) -> Iterator[None]:
     """Gradients on and autocast off, whatever the loop calls step() within."""
     with torch.inference_mode(False), torch.enable_grad():
         with torch.autocast(device.type, enabled=False):
             yield
+
+
+def _check_finite(call: CriterionCall) -> None:
+    assert call.upstream is not None
+    if not call.result.isfinite().all():
+        of_net = call.recorded_losses.isfinite().all() and not call.weights.isfinite().all()
+        where = (
+            "the weight net's parameters"
+            if of_net
+            else "the inputs, and in the student's or teacher's logits, such as a class that is "
+            "−inf in the student's alone"
+        )
+        value = call.result[~call.result.isfinite()].flatten()[0].item()
+        raise ValueError(
+            f"the criterion returned {value}, expected a finite loss: look for nan or inf in "
+            f"{where}."
+        )
+    if not call.upstream.isfinite().all():
+        value = call.upstream[~call.upstream.isfinite()].flatten()[0].item()
+        raise ValueError(
+            f"the criterion's result was multiplied by {value} before the backward pass, expected "
+            "a finite number: look at the factors of the loss."
+        )
 
 
 def _window(method: str, unroll: int | None, every: int | None) -> tuple[int, int]:

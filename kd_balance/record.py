@@ -85,6 +85,7 @@ class CriterionCall:
     weights: Tensor  # [N, K]
     recorded_losses: Tensor  # [N, K], detached
     result: Tensor  # what the criterion returned, detached
+    classes: int
     versions: list[tuple[str, Tensor, int]] = field(default_factory=list)
     """What a replay reads later, and the count of its in-place writes at the time of the call."""
     upstream: Tensor | None = None
@@ -510,6 +511,7 @@ class Recorder:
             self._criterion.weights,
             losses,
             result,
+            student_logits.shape[self._criterion.class_dim],
             _versions(outputs, teacher_logits, targets, terms),
         )
         if not made.is_recorded:  # the logits' memory is the loop's to free

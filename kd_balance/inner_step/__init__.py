@@ -4,6 +4,7 @@ from kd_balance.inner_step.differentiable import (
     DIFFERENTIABLE,
     DifferentiableTorchOptimizer,
     differentiable_step,
+    exact_dtype,
     is_differentiable,
 )
 from kd_balance.inner_step.own_step import StepCopy, predicted, runs_unhooked
@@ -26,6 +27,7 @@ __all__ = [
     "StepCopy",
     "Update",
     "differentiable_step",
+    "exact_dtype",
     "full_name",
     "is_differentiable",
     "known_optimizers",
