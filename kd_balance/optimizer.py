@@ -783,7 +783,8 @@ class BilevelOptimizer(Optimizer):
         self._meta_loss, self._hypergradient_norm = loss, flat.norm()
         self._note_start(loss)
         self._skipped.note(finite, loss, flat)
-        self._holds_some = self._holds_some.to(finite.device) | finite
+        begun = self._accumulated > 0
+        self._holds_some = self._holds_some.to(finite.device) | finite if begun else finite
         self._accumulated += 1
         if finite.device.type == "cpu":
             self._tell_if_all_skipped()
@@ -792,7 +793,7 @@ class BilevelOptimizer(Optimizer):
         for param, gradient in zip(self.criterion.phi, self._partial_average, strict=True):
             param.grad = gradient
         self._step_weight_net(self._holds_some)
-        self._partial_average, self._holds_some = [], torch.tensor(False)
+        self._partial_average = []
         self._accumulated = 0
         self._meta_updates += 1
         return True
