@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kd_balance import checkpoint
 from kd_balance.clipping import Clipping
 from kd_balance.distributed import FailedElsewhere, Ranks, check_whole
 from kd_balance.gradient_transform import GradientFunction, transformed
@@ -38,6 +39,7 @@ from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.record import CriterionCall, Recorder, Recording
 from kd_balance.replay import LoopBackward, Structure, replayable, stops_gradients
 from kd_balance.skipped import Skipped
+from kd_balance.window_state import Around, NotPlain, packed, unpacked
 
 METHODS = ("online", "lookahead", "paper")
 DERIVATIVES = ("exact", "finite_difference", "sgd")
@@ -476,16 +478,13 @@ class BilevelOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, and under ``kd_balance`` everything of the meta level.
 
-        The steps of a window that is open (``unroll`` above 1) are not in it; it warns of them.
+        It holds tensors, numbers and words alone, so ``torch.load(weights_only=True)`` reads it.
+        Between the steps of a window (``unroll`` above 1) it also holds what these are made of: for
+        each their inputs, gradients and parameters. Where they hold what no tensor tells, and in
+        several processes, it warns that they are not saved.
         """
-        if self._window:
-            warnings.warn(
-                f"state_dict() was called between steps that one hypergradient passes through: "
-                f"{len(self._window)} of {self.unroll} steps are not saved, and where the state is "
-                "loaded, in this run or another, that one passes through the others only.",
-                stacklevel=2,
-            )
-        meta_state = {
+        meta_state: dict[str, Any] = {
+            "format": checkpoint.FORMAT,
             "weight_net": self._weight_net.state_dict(),
             "teacher_bias": self.criterion.teacher_bias,
             "meta_optimizer": self.meta_optimizer.state_dict(),
@@ -498,29 +497,52 @@ class BilevelOptimizer(Optimizer):
             "partial_average": self._partial_average,
             "holds_some": self._holds_some,
         }
+        if self._window:
+            meta_state["window_of"] = self._window_settings
+            try:
+                if self._ranks.size > 1:
+                    raise NotPlain("each process has its own")
+                meta_state["window"] = packed(self._window, self._ended, self._around)
+            except NotPlain as reason:
+                warnings.warn(
+                    "state_dict() was called between steps that one hypergradient passes through: "
+                    f"{len(self._window)} of {self.unroll} steps are not saved, for {reason}, and "
+                    "where the state is loaded, in this run or another, that one passes through "
+                    "the others only.",
+                    stacklevel=2,
+                )
         return {**self.optimizer.state_dict(), "kd_balance": meta_state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned, or a checkpoint of the bare optimizer."""
+        """Loads what :meth:`state_dict` returned, or a checkpoint of the bare optimizer.
+
+        Raises:
+            ValueError: it is something else, a part of one, or of another student or weight net;
+                nothing is changed.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                f"load_state_dict was given {type(state_dict).__name__}, expected a dict: load the "
+                "file with torch.load first."
+            )
         plain = dict(state_dict)
         meta_state = plain.pop("kd_balance", None)
-        self.optimizer.load_state_dict(_by_index(plain))
-        self._forget_window()
-        self._recorder.forget()
+        plain = _by_index(plain)
+        checkpoint.check_optimizer(plain, self.optimizer)
         if meta_state is None:
+            self.optimizer.load_state_dict(plain)
+            self._forget_window()
+            self._recorder.forget()
             warnings.warn(
                 "The checkpoint was written by a plain optimizer: the weight net and its optimizer "
                 "start fresh.",
                 stacklevel=2,
             )
             return
-        self._weight_net.load_state_dict(meta_state["weight_net"])
-        teacher_bias = meta_state.get("teacher_bias")
-        if self.criterion.teacher_bias is not None and teacher_bias is not None:
-            self.criterion.teacher_bias = teacher_bias.to(self.criterion.teacher_bias)
-        self.meta_optimizer.load_state_dict(_by_index(meta_state["meta_optimizer"]))
-        positions = meta_state["meta_sets"]
-        if len(positions) == self._ranks.size:
+        checkpoint.check_meta_state(meta_state, self._entries)
+        window = self._window_in(meta_state)
+        positions = meta_state.get("meta_sets", [self._meta_set.state_dict()])
+        if len(positions) == self._ranks.size:  # first, for the loader's own code may fail
             self._meta_set.load_state_dict(positions[self._ranks.rank])
             self._positions = positions if self._ranks.size > 1 else []
         else:
@@ -529,15 +551,95 @@ class BilevelOptimizer(Optimizer):
                 f"{self._ranks.size}: their meta batches begin anew.",
                 stacklevel=2,
             )
-        self._steps = meta_state["steps"]
-        self._meta_updates = meta_state["meta_updates"]
-        self._meta_loss_start = meta_state["meta_loss_start"]
-        self._skipped.load_state_dict(meta_state["skipped"])
-        self._holds_some = meta_state["holds_some"]
-        self._accumulated = meta_state["accumulated"]
-        like = zip(meta_state["partial_average"], self.criterion.phi)
+        self.optimizer.load_state_dict(plain)
+        self._forget_window()
+        self._recorder.forget()
+        if "weight_net" in meta_state:
+            self._weight_net.load_state_dict(meta_state["weight_net"])
+        teacher_bias = meta_state.get("teacher_bias")
+        if self.criterion.teacher_bias is not None and teacher_bias is not None:
+            self.criterion.teacher_bias = teacher_bias.to(self.criterion.teacher_bias)
+        if "meta_optimizer" in meta_state:
+            self.meta_optimizer.load_state_dict(_by_index(meta_state["meta_optimizer"]))
+        self._steps = meta_state.get("steps", self._steps)
+        self._meta_updates = meta_state.get("meta_updates", self._meta_updates)
+        self._meta_loss_start = meta_state.get("meta_loss_start", self._meta_loss_start)
+        if "skipped" in meta_state:
+            self._skipped.load_state_dict(meta_state["skipped"])
+        self._holds_some = meta_state.get("holds_some", self._holds_some)
+        self._accumulated = meta_state.get("accumulated", 0)
+        like = zip(meta_state.get("partial_average", []), self.criterion.phi)
         self._partial_average = [part.to(param) for part, param in like]
+        if window is not None:
+            self._window, self._ended, written = window
+            self._structure.written |= written
         self._open_window()
+
+    @property
+    def _entries(self) -> dict[str, Callable[[Any], str | None]]:
+        """What a checkpoint's entries of the meta level fail to be, or None."""
+
+        def of_meta_optimizer(state: Any) -> None:
+            by_index = _by_index(state) if isinstance(state, Mapping) else state
+            checkpoint.check_optimizer(by_index, self.meta_optimizer, "meta_optimizer")
+
+        def of_bias(bias: Any) -> str | None:
+            own = self.criterion.teacher_bias
+            if own is None or bias is None or getattr(bias, "shape", None) == own.shape:
+                return None
+            return f"one number for each of {len(own)} classes"
+
+        def of_skipped(counts: Any) -> str | None:
+            names = self._skipped.state_dict().keys()
+            if isinstance(counts, Mapping) and names <= counts.keys():
+                return None
+            return f"counts of {', '.join(names)}"
+
+        return {
+            "weight_net": checkpoint.tensors_like(self._weight_net.state_dict()),
+            "teacher_bias": of_bias,
+            "meta_optimizer": of_meta_optimizer,
+            "meta_sets": checkpoint.positions,
+            "steps": checkpoint.count,
+            "meta_updates": checkpoint.count,
+            "meta_loss_start": checkpoint.number,
+            "skipped": of_skipped,
+            "holds_some": checkpoint.number,
+            "accumulated": checkpoint.count,
+            "partial_average": checkpoint.none_or_like(self.criterion.phi),
+        }
+
+    @property
+    def _around(self) -> Around:
+        """What the steps of a window refer to."""
+        return Around(self._structure, self._recorder.objects, parts(self.optimizer))
+
+    @property
+    def _window_settings(self) -> dict[str, Any]:
+        """What a run that goes on with a window has to share with the one that began it."""
+        return {
+            "method": self.method, "engine": self._engine_name, "unroll": self.unroll,
+            "every": self.every, "step_derivative": self.step_derivative,
+        }
+
+    def _window_in(
+        self, meta_state: Mapping[str, Any]
+    ) -> tuple[list[InnerStep], dict[str, Tensor], set[str]] | None:
+        """The open window of a checkpoint, if it has one that this run can go on with."""
+        if "window_of" not in meta_state:
+            return None
+        if meta_state["window_of"] != self._window_settings:
+            why = f"it is one of {meta_state['window_of']}, and this run's {self._window_settings}"
+        elif "window" not in meta_state:
+            why = "it is not saved"
+        else:
+            return unpacked(meta_state["window"], self._around)
+        warnings.warn(
+            "The checkpoint was written between steps that one hypergradient passes through, and "
+            f"what they were is not loaded, for {why}: that one passes through the others only.",
+            stacklevel=3,
+        )
+        return None
 
     # the steps
 
@@ -984,13 +1086,15 @@ def _weight_net_of(criterion: WeightedKDLoss) -> nn.Module:
 def _by_index(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's state by numbers, which torch.distributed.checkpoint turns into strings."""
     found = dict(state_dict)
-    if "state" in found:
+    if isinstance(found.get("state"), Mapping):
         found["state"] = {
             int(k) if isinstance(k, str) and k.isdigit() else k: v
             for k, v in found["state"].items()
         }
-    if "optimizers" in found:
-        found["optimizers"] = [_by_index(part) for part in found["optimizers"]]
+    if isinstance(found.get("optimizers"), list):
+        found["optimizers"] = [
+            _by_index(part) if isinstance(part, Mapping) else part for part in found["optimizers"]
+        ]
     return found
 
 

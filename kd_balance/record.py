@@ -29,6 +29,26 @@ from kd_balance.replay.uncompiled import is_compiled, run_compiled, run_uncompil
 
 
 @dataclass
+class Leaf:
+    """The tensor at one place of what a call returned."""
+
+    place: int
+
+    def __call__(self, output: Any) -> Tensor:
+        return leaves_of(output)[self.place]
+
+
+@dataclass
+class Cast:
+    """A tensor in another number format, if need be."""
+
+    dtype: torch.dtype
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype)
+
+
+@dataclass
 class Output:
     """One tensor that a call of the student returned."""
 
@@ -43,7 +63,7 @@ class Output:
 
     @classmethod
     def leaf(cls, call: StudentCall, index: int, value: Tensor) -> Output:
-        return cls.of(call, lambda output: leaves_of(output)[index], value)
+        return cls.of(call, Leaf(index), value)
 
     @classmethod
     def of(cls, call: StudentCall, pick: Callable[[Any], Tensor], value: Tensor) -> Output:
@@ -136,6 +156,18 @@ class CriterionCall:
             [losses, *(output for output, _ in known)],
             [self.recorded_losses, *(value for _, value in known)],
         )
+
+    def note_versions(self) -> None:
+        """Counts the in-place writes so far to what a replay reads."""
+        given: list[Any] = [(output.call.args, output.call.kwargs) for output in self.outputs]
+        kinds = {
+            "an input": given,
+            "teacher_logits": self.teacher_logits,
+            "targets": self.targets,
+            **self.terms,
+        }
+        named = [(n, x) for n, of in kinds.items() for x in leaves_of(of) if isinstance(x, Tensor)]
+        self.versions = [(name, x, x._version) for name, x in named if not x.is_inference()]
 
     def check_versions(self) -> None:
         """Looks for writes; waits for nothing.
@@ -311,6 +343,11 @@ class Recorder:
     def complains(self) -> bool:
         """Whether the coming step cannot be repeated."""
         return self._recording.complaint is not None
+
+    @property
+    def objects(self) -> dict[str, Any]:
+        """What its records refer to beside the student's structure, by name."""
+        return {"to_logits": self._to_logits, "format": self._format}
 
     def forget(self) -> None:
         """Begins a new step."""
@@ -512,8 +549,8 @@ class Recorder:
             losses,
             result,
             student_logits.shape[self._criterion.class_dim],
-            _versions(outputs, teacher_logits, targets, terms),
         )
+        made.note_versions()
         if not made.is_recorded:  # the logits' memory is the loop's to free
             made.outputs = [replace(output, value=None) for output in outputs]
         return made
@@ -555,9 +592,9 @@ class Recorder:
                     f"student_logits are made of {len(calls)} calls of the student and to_logits "
                     "is given, expected one: leave to_logits out."
                 )
-            (call,), dtype = calls.values(), logits.dtype
+            (call,) = calls.values()
             outputs.append(Output.of(call, self._to_logits, logits))
-            return Made([len(outputs) - 1], lambda z: z.to(dtype), None)
+            return Made([len(outputs) - 1], Cast(logits.dtype), None)
         return self._made_of(
             "student_logits", logits, found, outputs, class_dim=self._criterion.class_dim
         )
@@ -573,13 +610,13 @@ class Recorder:
         """
         outputs += [out for out in found.values() if all(out is not known for known in outputs)]
         at = {id(output): i for i, output in enumerate(outputs)}
-        places, dtype = [at[id(output)] for output in found.values()], tensor.dtype
+        places = [at[id(output)] for output in found.values()]
         root: Edge = through_sink(tensor.grad_fn, tensor.output_nr)
         node, number = root
         while (node, number) not in found and node.name() == "ToCopyBackward0":
             node, number = through_sink(*node.next_functions[0])
         if (node, number) in found and tensor.device == found[node, number].device:
-            return Made(places, lambda y: y.to(dtype), None)
+            return Made(places, Cast(tensor.dtype), None)
         retraced: Retraced | Untraceable = Untraceable(name)
         if class_dim is not None:
             try:
@@ -664,12 +701,3 @@ def _check_hooks(params: Iterable[Tensor]) -> None:
 
 def _detached(given: Any) -> Any:
     return given.detach() if isinstance(given, Tensor) else given
-
-
-def _versions(
-    outputs: list[Output], teacher_logits: Any, targets: Tensor, terms: dict[str, Any]
-) -> list[tuple[str, Tensor, int]]:
-    given = [(output.call.args, output.call.kwargs) for output in outputs]
-    kinds = {"an input": given, "teacher_logits": teacher_logits, "targets": targets, **terms}
-    named = [(n, x) for n, of in kinds.items() for x in leaves_of(of) if isinstance(x, Tensor)]
-    return [(name, x, x._version) for name, x in named if not x.is_inference()]

@@ -100,8 +100,7 @@ def _take(
         {
             **group,
             "params": [standing_for[p] for p in group["params"] if p in standing_for],
-            **({"foreach": not (group.get("fused") or group.get("differentiable"))}
-               if "foreach" in group else {}),
+            **({"foreach": _foreach(group)} if "foreach" in group else {}),
         }
         for group in groups
     ]
@@ -113,6 +112,12 @@ def _take(
     type(optimizer).step(shadow)
     for param in moved:
         param.grad = None
+
+
+def _foreach(group: Mapping[str, Any]) -> bool:
+    """Whether torch's step takes all of a group's tensors at once, for which some have no code."""
+    of_tensors = isinstance(group.get("lr"), Tensor) and not group.get("capturable")
+    return not (group.get("fused") or group.get("differentiable") or of_tensors)
 
 
 class StepCopy:
