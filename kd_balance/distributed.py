@@ -53,7 +53,7 @@ class Ranks:
             backend = self._group._get_backend(self._group._device_types[0])
             self._agreements = dist.new_group(
                 dist.get_process_group_ranks(self._group),
-                timeout=backend.options._timeout,
+                timeout=getattr(getattr(backend, "options", None), "_timeout", None),
                 backend="gloo",
                 use_local_synchronization=True,
             )
@@ -99,7 +99,7 @@ class Ranks:
         means: dict[int, Tensor] = {}
         for bucket in _buckets(tensors):
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in bucket]).div_(self.size)
-            dist.all_reduce(flat, group=self._group)
+            dist.all_reduce(flat, group=self._group_for(flat))
             pieces = flat.split([tensors[i].numel() for i in bucket])
             means.update((i, p.view(tensors[i].shape)) for i, p in zip(bucket, pieces))
         return [means[i] for i in range(len(tensors))]
@@ -109,7 +109,7 @@ class Ranks:
         total = tensor.detach().clone()
         if self.size > 1:
             self.agree()
-            dist.all_reduce(total, group=self._group)
+            dist.all_reduce(total, group=self._group_for(total))
         return total
 
     def mean_by_name(
@@ -134,7 +134,7 @@ class Ranks:
         self.agree()
         source = dist.get_global_rank(self._group, 0)
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), source, group=self._group)
+            dist.broadcast(tensor.detach(), source, group=self._group_for(tensor))
 
     def collect(self, value: Any) -> list[Any]:
         """The values of all ranks, any that can be pickled."""
@@ -183,6 +183,10 @@ class Ranks:
         *_, all_give_up = self._ask(None, (True, True, False, True))
         if not all_give_up:
             raise self._parted()
+
+    def _group_for(self, tensor: Tensor) -> Any:
+        """NCCL takes no tensors on the CPU, where a student may be until accelerate moves it."""
+        return self._agreements if tensor.device.type == "cpu" else self._group
 
     def _parted(self) -> ValueError:
         self._all_know = True

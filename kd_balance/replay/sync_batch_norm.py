@@ -50,7 +50,7 @@ def _normalised(
 ) -> Tensor:
     x = input.float() if input.dtype in (torch.half, torch.bfloat16) else input
     over, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-    count = x.new_tensor([x.numel() // x.shape[1]])
+    count = x.new_full((1,), x.numel() // x.shape[1])  # a copy from the host would wait
     total, count = _Sum.apply(ranks, torch.cat([x.sum(over), count])).split([x.shape[1], 1])
     centred = x - (total / count).view(shape)
     variance = _Sum.apply(ranks, centred.square().sum(over)) / count
