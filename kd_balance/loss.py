@@ -63,9 +63,8 @@ class WeightedKDLoss(nn.Module):
         weight_net: maps features [N, F] to weights [N, K], of (hard, soft) or of `names`; usually a
             :class:`~kd_balance.MetaWeightNet`. Another module is given the features it names in a
             tuple attribute ``features``, or else ("student_ce", "teacher_ce") of each teacher, and
-            with a true
-            attribute ``needs_kept`` which rows count, bool [N] or None for all. None is ordinary
-            distillation with the fixed weights `alpha`.
+            with a true attribute ``needs_kept`` which rows count, bool [N] or [N, K], or None for
+            all. None is ordinary distillation with the fixed weights `alpha`.
         temperature: T of the soft loss, above 0.
         alpha: without a weight net, the mixture alpha · hard + (1 − alpha) · soft; or the pair
             (hard weight, soft weight); or for other terms their K weights, in order or by name.
