@@ -372,7 +372,7 @@ REFUSED = {
     "sharded": "the student's parameters are DTensors",
     "checked": "check_hypergradient was called in 2 processes",
     "an error in the meta loader": "the disk is full",
-    "labels out of range": "the meta loss could not be computed",
+    "labels out of range": "labels of a meta batch hold the class 99",
     "other settings": "every is [12] on rank [01] and [12] on rank [01]",
     "parameters changed": "this rank's student or weight net differs by",
     "begun later": "runs in 2 processes and BilevelOptimizer was made when it ran in 1",
