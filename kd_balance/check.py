@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_balance import optimizer as optimizers
+from kd_balance.bilevel import modes_of_our_own, weight_net_of
 from kd_balance.optimizer import BilevelOptimizer
 from kd_balance.replay import RandomState, preserved_random_state
 from kd_balance.replay.dropout import draw_as_usual, draw_plainly
@@ -98,7 +98,7 @@ def check_hypergradient(
     Source: central differences, extrapolated as by Ridders, "Accurate computation of F'(x) and
     F'(x)F''(x)", Advances in Engineering Software 4(2), 1982.
     """
-    if (size := optimizer._ranks.size) > 1:
+    if (size := optimizer._steps.ranks.size) > 1:
         raise ValueError(
             f"check_hypergradient was called in {size} processes, expected one: check the loop "
             "there, with the same arguments it is exact in several."
@@ -113,7 +113,8 @@ def check_hypergradient(
         return Report(math.nan, tolerance or 0.0, f"Refused: {error}")
     finally:
         snapshot.restore()
-        optimizer._recorder.active = optimizer._recorder.active  # and what it installs in torch
+        recorder = optimizer._steps.recorder
+        recorder.active = recorder.active  # and what it installs in torch
     if raise_exception and not report.passed:
         raise RuntimeError(str(report))
     return report
@@ -181,17 +182,18 @@ class _Window:
 
     def _run_watched(self, batches: Iterable[Any]) -> list[Any]:
         """Runs the loop as it is, for the hypergradient; returns the batches that it took."""
-        optimizer = self._optimizer
+        optimizer, steps = self._optimizer, self._optimizer._steps
         taken: list[Any] = []
-        optimizer._tried = False  # so that every check is made
-        optimizer.accumulate, optimizer._accumulated, optimizer._partial_average = 1, 0, []
+        steps.rehearsal.of_window = False  # so that every check is made
+        steps.settings.accumulate = 1
+        steps.weight_net_step.begin_anew()
         meta_optimizer = torch.optim.SGD(self._phi, lr=0.0)
         meta_optimizer.register_step_pre_hook(self._keep_hypergradient)
         optimizer.meta_optimizer = meta_optimizer
         skipped = optimizer.metrics["skipped_updates"]
         self._to_start()
-        updates = optimizer._meta_updates
-        objective, on = optimizer._objective, optimizer._objective.on
+        updates = steps.weight_net_step.count
+        objective, on = steps.objective, steps.objective.on
 
         def watched(*args: Any) -> Any:
             self._meta_random = RandomState.current(self._random_state.device)  # dropout's masks
@@ -202,14 +204,14 @@ class _Window:
         for batch in self._drawn_apart(batches):
             taken.append(copy.deepcopy(batch))
             self._step(batch)
-            if optimizer._steps >= optimizer.every:
+            if steps.window.count >= optimizer.every:
                 break
         else:
             raise ValueError(
                 f"batches ended after {len(taken)}, expected enough for the {optimizer.unroll} "
                 "steps of a window: give more."
             )
-        if optimizer._meta_updates == updates:
+        if steps.weight_net_step.count == updates:
             raise ValueError(
                 "the window ended without a meta update, expected one: call the criterion on the "
                 "student's output, backward() and optimizer.step() within step()."
@@ -219,7 +221,7 @@ class _Window:
                 "the hypergradient is not finite or broke an invariant, expected one that holds: "
                 "look at optimizer.metrics after some steps of the loop."
             )
-        self._precision = optimizer._invariants.precision
+        self._precision = steps.invariants.precision
         self._left = self._student_parameters()
         self._snapshot.restore()
         start = self._student_parameters()
@@ -243,18 +245,17 @@ class _Window:
 
     def _to_start(self) -> None:
         """Lets a window begin with the coming step."""
-        optimizer = self._optimizer
-        optimizer._meta_set.draw = lambda: self._meta_batch  # type: ignore[method-assign]
-        optimizer._recorder.forget()
-        optimizer._forget_window()
-        optimizer._steps = optimizer.every - optimizer.unroll
-        optimizer._open_window()
+        steps = self._optimizer._steps
+        steps.meta_set.draw = lambda: self._meta_batch  # type: ignore[method-assign]
+        steps.give_up()
+        steps.window.count = steps.settings.every - steps.settings.unroll
+        steps.watch_if_due()
         self._random_state.set()
 
     def _run_plain(self) -> None:
         """Runs the loop by the plain optimizer, from the same state."""
         optimizer = self._optimizer
-        optimizers._watching.discard(optimizer)
+        optimizer._steps.closed = True
         draw_plainly(self)  # the masks of watched steps
         try:
             self._to_start()
@@ -264,15 +265,16 @@ class _Window:
                 self._step(copy.deepcopy(batch))
         finally:
             draw_as_usual(self)
-            optimizers._watching.add(optimizer)
+            optimizer._steps.closed = False
 
     def _end_as_paper(self) -> None:
         """Makes the window's last step the virtual one of method "paper"."""
         optimizer = self._optimizer
-        usual = optimizer._student_step
+        steps = optimizer._steps
+        usual = steps.student_step.take
 
         def student_step(closure: Any = None) -> None:
-            if optimizer._steps < optimizer.every - 1:
+            if not steps.window.ends_next:
                 usual(closure)
                 return
             with torch.no_grad():
@@ -281,7 +283,7 @@ class _Window:
                         if p.grad is not None:
                             p.sub_(group["lr"] * p.grad)
 
-        optimizer._student_step = student_step  # type: ignore[method-assign]
+        steps.student_step.take = student_step  # type: ignore[method-assign]
 
     @contextmanager
     def _features_kept(self) -> Iterator[None]:
@@ -298,7 +300,7 @@ class _Window:
             self._call += 1
             return args
 
-        handle = self._optimizer._weight_net.register_forward_pre_hook(given)
+        handle = weight_net_of(self._optimizer.criterion).register_forward_pre_hook(given)
         self._snapshot.retake()
         try:
             yield
@@ -321,10 +323,10 @@ class _Window:
 
     def _meta_derivative(self) -> list[Tensor]:
         """Of the meta loss by the student's parameters, as backward gives it."""
-        names = self._optimizer._names
+        names = self._optimizer._steps.structure.parameters
         leaves = {n: p.detach().clone().requires_grad_() for p, n in names.items()}
         self._meta_random.set()
-        with optimizers._modes_of_our_own(self._random_state.device):
+        with modes_of_our_own(self._random_state.device):
             loss = self._meta_loss(leaves)
             found = torch.autograd.grad(
                 loss, list(leaves.values()), allow_unused=True, materialize_grads=True
@@ -378,7 +380,7 @@ class _Window:
         return abs(found - expected) / size, blur + rounding / size
 
     def _student_parameters(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self._optimizer._names]
+        return [p.detach().clone() for p in self._optimizer._steps.structure.parameters]
 
 
 def _extrapolated(
@@ -405,7 +407,7 @@ def _extrapolated(
 
 def _next_of(optimizer: BilevelOptimizer) -> Any:
     """The coming meta batch, which will be drawn all the same."""
-    meta_set = optimizer._meta_set
+    meta_set = optimizer._steps.meta_set
     if meta_set._seen_ahead:
         return meta_set._seen_ahead[0]
     with meta_set.look_ahead() as batches:

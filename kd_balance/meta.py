@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from kd_balance.distributed import Ranks
 from kd_balance.hard_losses import cross_entropy
 from kd_balance.logits import Alignment, Unlike, Untraceable, places_behind
 from kd_balance.loss import WeightedKDLoss, check_labels
+from kd_balance.loop_warnings import loop_level
 from kd_balance.record import CriterionCall
 from kd_balance.replay import RandomState, StudentCall, leaves_of, preserved_random_state
 
@@ -25,9 +28,14 @@ _END = object()
 
 
 class MetaSet:
-    """Endless meta batches out of any iterable, drawn from random numbers of their own."""
+    """Endless meta batches out of any iterable, drawn from random numbers of their own.
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    Args:
+        loader: of this rank's batches.
+        ranks: which tell each other where their loaders are.
+    """
+
+    def __init__(self, loader: Iterable[Any], ranks: Ranks) -> None:
         if not isinstance(loader, Iterable):
             raise TypeError(
                 f"meta_loader is {loader!r}, expected an iterable of batches such as a DataLoader."
@@ -36,6 +44,8 @@ class MetaSet:
             raise ValueError(f"meta_loader {loader!r} is empty, expected at least one batch.")
         self._loader = loader
         self._iterator: Any = None
+        self._ranks = ranks
+        self._positions: list[Any] = []
         self._seen_ahead: deque[Any] = deque()
         self._random_state = RandomState.current(torch.device("cpu"))
 
@@ -96,6 +106,28 @@ class MetaSet:
             self._loader.load_state_dict(state["loader"])
         self._iterator = None
         self._random_state = RandomState.from_state_dict(state["random_state"])
+
+    @property
+    def positions(self) -> list[Any]:
+        """Where the loaders of all ranks are, as :meth:`load_positions` takes them."""
+        return self._positions or [self.state_dict()]
+
+    def share_position(self) -> None:
+        """Tells all ranks where this one's loader is, so that any checkpoint will do."""
+        if self._ranks.size > 1:
+            self._positions = self._ranks.collect(self.state_dict())
+
+    def load_positions(self, positions: list[Any]) -> None:
+        """Goes to where the loader of this rank was."""
+        if len(positions) == self._ranks.size:
+            self.load_state_dict(positions[self._ranks.rank])
+            self._positions = positions if self._ranks.size > 1 else []
+        else:
+            warnings.warn(
+                f"The checkpoint was written by {len(positions)} processes and is loaded by "
+                f"{self._ranks.size}: their meta batches begin anew.",
+                stacklevel=loop_level(),
+            )
 
 
 class MetaObjective:

@@ -35,8 +35,8 @@ class MetaHistory:
         self._earlier_warnings: list[str] = []
         self._hooks: list[Any] = []
         if optimizer is not None:
-            self._last = optimizer._meta_loss
-            self._failures = dict(optimizer._invariants.failures)
+            self._last = optimizer._steps.metrics.meta_loss
+            self._failures = dict(optimizer._steps.invariants.failures)
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class MetaHistory:
     @property
     def warnings(self) -> list[str]:
         """Those that the optimizer gave, in order."""
-        now = [] if self._optimizer is None else self._optimizer._warned.values()
+        now = [] if self._optimizer is None else self._optimizer._steps.warnings.given.values()
         return list(dict.fromkeys([*self._earlier_warnings, *now]))
 
     @property
@@ -89,13 +89,13 @@ class MetaHistory:
             "every": str(optimizer.every),
             "unroll": str(optimizer.unroll),
             "accumulate": str(optimizer.accumulate),
-            "engine": optimizer._engine_name,
+            "engine": optimizer._steps.settings.engine,
             "step_derivative": optimizer.step_derivative,
-            "meta_loss": _name(optimizer._objective.kind),
+            "meta_loss": _name(optimizer._steps.objective.kind),
             "meta optimizer": type(optimizer.meta_optimizer).__name__,
             "its last learning rate": ", ".join(dict.fromkeys(rates[count:])),
-            "processes": str(optimizer._ranks.size),
-            "device": _device(optimizer._names),
+            "processes": str(optimizer._steps.ranks.size),
+            "device": _device(optimizer._steps.structure.parameters),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,10 +115,11 @@ class MetaHistory:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert isinstance(optimizer, BilevelOptimizer)
-        if optimizer._meta_loss is self._last:  # counters move on loading a checkpoint, too
+        steps = optimizer._steps
+        if steps.metrics.meta_loss is self._last:  # counters move on loading a checkpoint, too
             return
-        self._last = optimizer._meta_loss
-        failures, before = optimizer._invariants.failures, self._failures
+        self._last = steps.metrics.meta_loss
+        failures, before = steps.invariants.failures, self._failures
         self._failures = dict(failures)
         none = torch.zeros((), device=self._last.device)
         new = [
@@ -126,9 +127,9 @@ class MetaHistory:
             else failures[cause] - before[cause] if cause in before else failures[cause]
             for cause in CAUSES
         ]
-        row = (self._last, optimizer._hypergradient_norm, optimizer._skipped.last, *new)
+        row = (self._last, steps.metrics.hypergradient_norm, steps.skipped.last, *new)
         self._waiting.append(torch.stack([x.detach().to(self._last) for x in row]))
-        self._steps.append(optimizer._steps)
+        self._steps.append(steps.window.count)
 
     def _rows(self) -> Tensor:
         if self._waiting:

@@ -70,7 +70,7 @@ FAULTS = [
         "test_habits_accumulation.py",
     ),
     Fault(
-        "the loss scale stays in the gradients", "optimizer.py",
+        "the loss scale stays in the gradients", "bilevel/coming_step.py",
         "            call.upstream = call.upstream / scale\n", "",
         "test_habits_precision.py",
     ),
@@ -91,8 +91,8 @@ FAULTS = [
         "test_engines.py",
     ),
     Fault(
-        "the meta loss is taken before the step", "optimizer.py",
-        "after = self._live(steps)",
+        "the meta loss is taken before the step", "bilevel/meta_update.py",
+        "after = self.live(steps)",
         "after = dict(steps[-1].update.params)",
         "test_engines.py test_invariants.py",
     ),

@@ -242,7 +242,8 @@ def test_a_run_whose_meta_updates_are_all_skipped_says_so_once(accumulate):
 
     training = Training(meta_loss=loss, accumulate=accumulate)
     bad = []
-    training.optimizer._tried = training.optimizer._looked = True  # or it is refused at once
+    rehearsal = training.optimizer._steps.rehearsal
+    rehearsal.of_step = rehearsal.of_window = True  # or it is refused at once
     bad.append(True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -264,7 +265,7 @@ def test_losses_of_any_size(factor, optimizer):
     precise = Training(optimizer=optimizer, dtype=torch.float64)
     precise.student.load_state_dict(training.student.state_dict())
     precise.criterion.load_state_dict(training.criterion.state_dict())
-    precise.optimizer._meta_set._loader = [(x.double(), y) for x, y in training.meta]
+    precise.optimizer._steps.meta_set._loader = [(x.double(), y) for x, y in training.meta]
     takes = 2 if optimizer == "adamw" else 1
     for _ in range(takes):  # the first step of Adam has no derivative but that of rounding
         inputs, teacher_logits, labels = training.batch()

@@ -149,7 +149,7 @@ def test_finds_what_the_invariants_cannot(of_loss):
 
 def test_finds_a_wrong_engine(monkeypatch):
     loop = Loop()
-    engine = type(loop.optimizer._engine)
+    engine = type(loop.optimizer._steps.meta_update.engine)
     right = engine.__call__
 
     def wrong(*args):

@@ -212,7 +212,8 @@ def test_a_window_of_micro_batches_clipped_and_with_dropout_resumes_bit_for_bit(
     run(*first, 0, 5)
     torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
     resumed = made(1)
-    resumed[2]._meta_set._loader = expected[2]._meta_set._loader  # data, as a script's are
+    loader = expected[2]._steps.meta_set._loader  # data, as a script's are
+    resumed[2]._steps.meta_set._loader = loader
     states = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     for part, state in zip(resumed, states):
         part.load_state_dict(state)

@@ -410,7 +410,7 @@ def refuse(name, rank, size):
         if name == "labels out of range" and rank == 1:
             program.meta[0][1].fill_(99)
         if name == "an error in the meta loader" and rank == 1:
-            program.optimizer._meta_set._loader = FullDisk()
+            program.optimizer._steps.meta_set._loader = FullDisk()
         before = [p.detach().clone() for p in program.student.parameters()]
         joined = name == "uneven numbers of steps"
         with Join([program.called]) if joined else nullcontext():

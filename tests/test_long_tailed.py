@@ -250,7 +250,7 @@ def test_the_meta_batches_come_in_the_order_that_they_would_have_come_in(made_of
         meta = labelled(120, Teacher())
         torch.manual_seed(2)
         setting = Setting(made_of(*meta), teacher)
-        drawn.append([setting.optimizer._meta_set.draw()[0] for _ in range(6)])
+        drawn.append([setting.optimizer._steps.meta_set.draw()[0] for _ in range(6)])
     torch.testing.assert_close(*drawn, rtol=0, atol=0)
 
 

@@ -177,7 +177,7 @@ def test_the_look_at_the_first_step_leaves_no_trace():
         setting = Setting(every=2)
         setting.meta = map(lambda batch: drawn.append(look) or batch, setting.meta)
         optimizer = setting.wrapped()
-        optimizer._looked = not look
+        optimizer._steps.rehearsal.of_step = not look
         for _ in range(2):
             optimizer.zero_grad()
             setting.loss().backward()

@@ -35,7 +35,7 @@ class Faulty(Program):
         self.case, self.befalls = case, rank == case["rank"]
         super().__init__(Setting(optimizer=case["optimizer"], bilevel=case["bilevel"]), rank, size)
         del self.shards[STEPS:]
-        self.optimizer._meta_set._loader = self.batches()
+        self.optimizer._steps.meta_set._loader = self.batches()
         self.student.register_forward_hook(self.in_student)
         self.optimizer.optimizer.register_step_pre_hook(self.in_step)
 
@@ -86,7 +86,7 @@ class Faulty(Program):
         if self.is_now("the weight net is changed"):
             self.criterion.phi[0].data.add_(1)
         # elsewhere DistributedDataParallel's own passes no longer meet
-        if self.is_now("the gradients are dropped") and self.optimizer._recorder.active:
+        if self.is_now("the gradients are dropped") and self.optimizer._steps.recorder.active:
             self.optimizer.zero_grad()
             self.criterion(self.called(inputs), teacher_logits, labels).backward()
 

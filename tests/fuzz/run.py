@@ -126,7 +126,7 @@ class Run:
         self.average = copy.deepcopy(self.student)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=program.scaler)
         if wrapped:
-            self.optimizer._grad_scaler = self.scaler if program.scaler else None
+            self.optimizer._steps.coming_step.grad_scaler = self.scaler if program.scaler else None
         self.scheduler = self._make_scheduler()
         if constants is not None:
             net.register_forward_pre_hook(
@@ -311,7 +311,8 @@ class Run:
         self.inner = type(self.inner)(groups)
         self.optimizer = self._wrap() if self.wrapped else self.inner
         if self.wrapped:
-            self.optimizer._grad_scaler = self.scaler if self.program.scaler else None
+            scaler = self.scaler if self.program.scaler else None
+            self.optimizer._steps.coming_step.grad_scaler = scaler
         self.optimizer.load_state_dict(state)
         self.scheduler = None
 

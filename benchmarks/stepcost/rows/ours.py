@@ -67,7 +67,7 @@ class OnlineUnchecked(KDBalance):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         for name in ("replayed", "weighed", "factor", "moved", "began", "along", "equal"):
-            setattr(self.optimizer._invariants, name, lambda *_: None)
+            setattr(self.optimizer._steps.invariants, name, lambda *_: None)
 
 
 class OnlineEvery4(KDBalance):

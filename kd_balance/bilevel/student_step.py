@@ -1,0 +1,73 @@
+"""The step of the student's own optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kd_balance.bilevel.settings import Settings
+from kd_balance.gradients import copies
+from kd_balance.inner_step import is_differentiable, predicted, runs_unhooked
+from kd_balance.invariants import Invariants, distance
+from kd_balance.replay import Structure
+
+
+class StudentStep:
+    """Lets the wrapped optimizer step, and holds it against its formula."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        structure: Structure,
+        invariants: Invariants,
+        settings: Settings,
+    ) -> None:
+        self.optimizer = optimizer
+        self._structure = structure
+        self._invariants = invariants
+        self._settings = settings
+        self.moved = False
+        """Whether it was taken, or begun; whoever wants to know clears it before."""
+
+    def take(self, closure: Callable[[], Any] | None = None) -> None:
+        """Takes it.
+
+        Args:
+            closure: of the loop, which has run unless the optimizer calls it by itself.
+        """
+        self.moved = True
+        if closure is not None and needs_closure(self.optimizer):
+            self.optimizer.step(closure)
+        else:
+            self.optimizer.step()
+
+    def take_checked(self, closure: Callable[[], Any] | None, is_rare: bool) -> None:
+        """Takes it, and compares where anything but its formula may move the parameters.
+
+        Args:
+            closure: as for :meth:`take`.
+            is_rare: whether costly checks are due.
+        """
+        known = self._settings.step_derivative == "finite_difference"
+        known = known or is_differentiable(self.optimizer)
+        looks = known and (is_rare or not runs_unhooked(self.optimizer))
+        moved = predicted(self.optimizer) if looks else {}
+        length = distance(list(moved.values()), list(moved)) if moved else None
+        self.take(closure)
+        if length is not None:
+            self._invariants.moved(list(moved.values()), list(moved), length)
+
+    def left(self) -> dict[str, Tensor]:
+        """Copies of the parameters that it moved, by name."""
+        params = self._structure.parameters
+        held = {n: p.detach() for p, n in params.items() if p.grad is not None}
+        return dict(zip(held, copies(list(held.values()))))
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
