@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from kd_balance.torch_private import tree_flatten, tree_unflatten
 
 CPU_CHUNK = 2**18  # numbers, which stay in a cache
 CHUNK = 2**23  # elsewhere, where every chunk costs its launches

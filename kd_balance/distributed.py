@@ -22,6 +22,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_balance.invariants import Broken
+from kd_balance.torch_private import (
+    calling_wrapper,
+    communication_hook,
+    compiled_from,
+    is_joined,
+    timeout_of,
+)
 
 _BUCKET = 2**23  # numbers that are exchanged at once
 _NONE = (True,) * 4  # as many flags as are ever told: a rank that fails knows not what is asked
@@ -50,10 +57,9 @@ class Ranks:
         self._group = dist.group.WORLD if wrapper is None else wrapper.process_group
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
         if self.size > 1:  # on the CPU, where asking waits for no device, and in no other's way
-            backend = self._group._get_backend(self._group._device_types[0])
             self._agreements = dist.new_group(
                 dist.get_process_group_ranks(self._group),
-                timeout=getattr(getattr(backend, "options", None), "_timeout", None),
+                timeout=timeout_of(self._group),
                 backend="gloo",
                 use_local_synchronization=True,
             )
@@ -69,7 +75,7 @@ class Ranks:
             ValueError: it is not whole, or its gradients will not be the mean of the ranks' own.
         """
         check_whole(student)
-        inside = DistributedDataParallel._get_active_ddp_module()
+        inside = calling_wrapper()
         wrapper = inside or _wrapper_of(called_module(student))
         if wrapper is None:
             processes = dist.get_world_size() if _is_distributed() else 1
@@ -284,14 +290,14 @@ def _is_distributed() -> bool:
 def _wrapper_of(student: nn.Module) -> DistributedDataParallel | None:
     """The DistributedDataParallel in what was given as student, which may be compiled."""
     while not isinstance(student, DistributedDataParallel):
-        if not isinstance(student, torch._dynamo.OptimizedModule):
+        if (original := compiled_from(student)) is None:
             return None
-        student = student._orig_mod
+        student = original
     return student
 
 
 def _check_wrapper(wrapper: DistributedDataParallel, trained: Mapping[Tensor, str]) -> None:
-    hook = wrapper._get_ddp_logging_data().get("comm_hook", "allreduce_hook")
+    hook = communication_hook(wrapper)
     if hook != "allreduce_hook":
         raise ValueError(
             f"DistributedDataParallel has the communication hook {hook}, expected plain means of "
@@ -302,7 +308,7 @@ def _check_wrapper(wrapper: DistributedDataParallel, trained: Mapping[Tensor, st
             "DistributedDataParallel was made with mixed_precision, expected the student to "
             "compute with the parameters that the optimizer moves: use torch.autocast."
         )
-    if wrapper._join_config.enable:
+    if is_joined(wrapper):
         raise ValueError(
             "the student was called within DistributedDataParallel.join, expected as many steps "
             "on every rank: give each as many batches."

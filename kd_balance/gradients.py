@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from kd_balance.clipping import Clipping, ClippingHistory
 from kd_balance.gradient_transform import GradientFunction, GradientTransform
 from kd_balance.replay import Structure
+from kd_balance.torch_private import writes_to
 
 
 class Gradients:
@@ -183,7 +184,7 @@ def _gradient(param: Tensor) -> Tensor:
 
 def _identity(param: Tensor) -> tuple[int, int]:
     assert param.grad is not None
-    return param.grad.data_ptr(), param.grad._version
+    return param.grad.data_ptr(), writes_to(param.grad)
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:

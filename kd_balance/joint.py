@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kd_balance.torch_private import share_out_groups
+
 
 class JointOptimizer(Optimizer):
     """Steps several optimizers together; their groups and states stay their own.
@@ -117,7 +119,7 @@ def parts(optimizer: Optimizer) -> list[Optimizer]:
         return [part for each in optimizer.optimizers for part in parts(each)]
     if shares_out(optimizer):
         whole: Any = optimizer
-        whole._sync_param_groups(whole.param_groups, whole.optim.param_groups)  # as step() does
+        share_out_groups(whole)
         return [whole.optim]
     return [optimizer]
 

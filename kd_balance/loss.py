@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from kd_balance.chunks import by_chunks, is_large
 from kd_balance.hard_losses import BalancedSoftmax, cross_entropy
@@ -26,6 +25,7 @@ from kd_balance.terms import (
     term_names,
 )
 from kd_balance.top_k import TopK, dense
+from kd_balance.torch_private import tree_map
 from kd_balance.weight_net import DEFAULT_FEATURES, LogFrequency, MetaWeightNet, compute_features
 
 HardLoss = Callable[[Tensor, Tensor], Tensor]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from kd_balance.distributed import Ranks
 from kd_balance.hard_losses import cross_entropy
@@ -21,6 +20,7 @@ from kd_balance.loss import WeightedKDLoss, check_labels
 from kd_balance.loop_warnings import loop_level
 from kd_balance.record import CriterionCall
 from kd_balance.replay import RandomState, StudentCall, leaves_of, preserved_random_state
+from kd_balance.torch_private import tree_map
 
 MetaForward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 MetaLoss = Callable[[Tensor, Tensor], Tensor]

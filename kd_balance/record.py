@@ -12,7 +12,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_leaves, tree_map
 
 from kd_balance.backward import ignore, watch
 from kd_balance.distributed import Ranks, called_module, through_sink
@@ -26,6 +25,13 @@ from kd_balance.replay.dropout import draw_as_usual, draw_plainly
 from kd_balance.replay.memory_format import ReplayFormat
 from kd_balance.replay.precision import coarsest_format
 from kd_balance.replay.uncompiled import is_compiled, run_compiled, run_uncompiled
+from kd_balance.torch_private import (
+    has_post_accumulate_hooks,
+    is_replica,
+    tree_leaves,
+    tree_map,
+    writes_to,
+)
 
 
 @dataclass
@@ -67,13 +73,13 @@ class Output:
 
     @classmethod
     def of(cls, call: StudentCall, pick: Callable[[Any], Tensor], value: Tensor) -> Output:
-        return cls(call, pick, value.detach(), value._version, value.shape, value.device)
+        return cls(call, pick, value.detach(), writes_to(value), value.shape, value.device)
 
     @property
     def unwritten(self) -> Tensor | None:
         """What it held, where that is known and the loop has not written to it in place."""
         value = self.value
-        return value if value is not None and value._version == self.version else None
+        return value if value is not None and writes_to(value) == self.version else None
 
 
 @dataclass
@@ -167,7 +173,7 @@ class CriterionCall:
             **self.terms,
         }
         named = [(n, x) for n, of in kinds.items() for x in leaves_of(of) if isinstance(x, Tensor)]
-        self.versions = [(name, x, x._version) for name, x in named if not x.is_inference()]
+        self.versions = [(name, x, writes_to(x)) for name, x in named if not x.is_inference()]
 
     def check_versions(self) -> None:
         """Looks for writes; waits for nothing.
@@ -176,7 +182,7 @@ class CriterionCall:
             ValueError: a tensor that the call was given holds other values now.
         """
         for name, tensor, version in self.versions:
-            if tensor._version != version:
+            if writes_to(tensor) != version:
                 raise ValueError(
                     f"{name} of shape {tuple(tensor.shape)} was written in place since the forward "
                     "pass, expected its values until the hypergradient is computed: give the "
@@ -458,7 +464,7 @@ class Recorder:
     def _before_student(
         self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if getattr(student, "_is_replica", False):
+        if is_replica(student):
             raise ValueError(
                 "the student is a replica that nn.DataParallel made for one of several devices, "
                 "expected the student itself: train on one device, with device_ids of length 1."
@@ -690,7 +696,7 @@ def _not_followed(name: str, tensor: Tensor) -> str:
 def _check_hooks(params: Iterable[Tensor]) -> None:
     """Refuses hooks that take gradients away as they come, as optimizers within backward do."""
     for param in params:
-        if param.grad is None and getattr(param, "_post_accumulate_grad_hooks", None):
+        if param.grad is None and has_post_accumulate_hooks(param):
             raise ValueError(
                 f"a hook took away the gradient of a parameter of shape {tuple(param.shape)} "
                 "within backward(), as one does that steps an optimizer there, expected gradients "

@@ -8,7 +8,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def windows_of_four(monkeypatch):
     """The default `every`, shortened for programs that are run for a few steps."""
-    monkeypatch.setattr("kd_balance.optimizer.EVERY", 4)
+    monkeypatch.setattr("kd_balance.bilevel.settings.EVERY", 4)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from kd_balance.inner_step import InnerStep, Update
 from kd_balance.invariants import Invariants
 from kd_balance.record import CriterionCall, Recording
 from kd_balance.replay import Structure
+from kd_balance.torch_private import has_gradient_hooks
 
 
 class ComingStep:
@@ -138,7 +139,7 @@ class ComingStep:
                 "hypergradients through several steps miss what the weights change through them; "
                 "call zero_grad() in every step, or set unroll=1."
             )
-        hooked = [n for p, n in self._structure.parameters.items() if _has_hooks(p)]
+        hooked = [n for p, n in self._structure.parameters.items() if has_gradient_hooks(p)]
         if hooked and not recording.alone:
             self._warnings.once(
                 f"{hooked[0]} has a gradient hook and another loss reached the gradients too: the "
@@ -169,7 +170,3 @@ def _check_finite(call: CriterionCall) -> None:
 
 def _first_not_finite(tensor: Tensor) -> float:
     return tensor[~tensor.isfinite()].flatten()[0].item()
-
-
-def _has_hooks(param: Tensor) -> bool:
-    return bool(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None))

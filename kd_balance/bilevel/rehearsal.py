@@ -17,6 +17,7 @@ from kd_balance.invariants import GRADIENT, Broken
 from kd_balance.meta import MetaObjective
 from kd_balance.record import CriterionCall
 from kd_balance.replay import Structure, stops_gradients
+from kd_balance.torch_private import has_backward_hooks
 
 _ASYMMETRY = 0.01  # of a step's Jacobian, relative
 
@@ -131,8 +132,8 @@ class Rehearsal:
                 "the curvature too, so hypergradients through several steps miss what the weights "
                 "change through it; set unroll=1 to have them exact."
             )
-        hooked = [name for name, m in self._structure.student.named_modules()
-                  if m._backward_hooks or m._backward_pre_hooks]
+        modules = self._structure.student.named_modules()
+        hooked = [name for name, module in modules if has_backward_hooks(module)]
         if hooked:
             self._warnings.once(
                 f"The module {hooked[0] or 'student'} has a backward hook: it counts as one that "

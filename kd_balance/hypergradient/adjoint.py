@@ -26,7 +26,8 @@ from kd_balance.invariants import Invariants
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.record import CriterionCall
 from kd_balance.replay import LoopBackward
-from kd_balance.replay.fused_rules import FusedRules, make_dual
+from kd_balance.replay.fused_rules import FusedRules
+from kd_balance.torch_private import make_dual
 
 
 class Adjoint:

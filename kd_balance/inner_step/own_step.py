@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from kd_balance.gradients import copies
 from kd_balance.inner_step.differentiable import (
@@ -20,6 +19,7 @@ from kd_balance.inner_step.differentiable import (
 )
 from kd_balance.inner_step.rules import State, update_rule
 from kd_balance.joint import parts
+from kd_balance.torch_private import STEP_HOOKS, has_step_hooks
 
 _NUDGE = {torch.float64: 1e-5, torch.float32: 1e-2}  # of gradients or parameters, relative
 
@@ -27,10 +27,7 @@ _NUDGE = {torch.float64: 1e-5, torch.float32: 1e-2}  # of gradients or parameter
 def runs_unhooked(optimizer: Optimizer) -> bool:
     """Whether a step runs nothing but the optimizers' own code, without hooks and patches."""
     return not any(
-        part._optimizer_step_pre_hooks
-        or part._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
+        has_step_hooks(part)
         or _is_patched(part)
         or hasattr(part, "grad_scale")  # of a GradScaler, for a fused step
         for part in {*parts(optimizer), optimizer}
@@ -105,8 +102,7 @@ def _take(
         for group in groups
     ]
     shadow.state = defaultdict(dict, zip(moved, states, strict=True))
-    shadow._optimizer_step_pre_hooks = OrderedDict()
-    shadow._optimizer_step_post_hooks = OrderedDict()
+    vars(shadow).update({hooks: OrderedDict() for hooks in STEP_HOOKS})
     for param, gradient in zip(moved, gradients, strict=True):
         param.grad = gradient
     type(optimizer).step(shadow)

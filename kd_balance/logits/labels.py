@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kd_balance.logits.retraced import Retraced
+from kd_balance.torch_private import viewed_by
 
 
 class Unlike(ValueError):
@@ -52,7 +53,7 @@ class Alignment:
         grid = _grid(function, shape)
         cut = grid[-1] - len(places.unique()) * grid[-1] // max(1, grid.numel())
         kept = targets != self._ignore_index
-        base = targets._base
+        base = viewed_by(targets)
         for whole in (*([] if base is None else [base]), *candidates):
             if whole.shape != grid or whole.is_floating_point():
                 continue

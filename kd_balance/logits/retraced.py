@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_balance.torch_private import output_format
+
 Node = Any
 Edge = tuple[Node, int]
 """A node of autograd's graph, and which of its results."""
@@ -105,7 +107,7 @@ class Retraced:
 
 def _shape(edge: Edge) -> tuple[int, ...]:
     node, number = edge
-    return tuple(node._input_metadata[number].shape)
+    return tuple(output_format(node, number).shape)
 
 
 class _Seen:
@@ -127,7 +129,7 @@ class _Seen:
     @property
     def result(self) -> Any:
         """The format of the result."""
-        return self.node._input_metadata[self.number]
+        return output_format(self.node, self.number)
 
 
 def _signed(value: int) -> int:

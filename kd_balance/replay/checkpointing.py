@@ -12,9 +12,9 @@ from typing import Any
 
 import torch.utils.checkpoint
 
-_saver: Any = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
-if _saver is not None:  # torch before 2.13 keeps inputs by a function that forward mode cannot pass
-    _saver.jvp = staticmethod(lambda ctx, *tangents: torch.empty(0))
+from kd_balance.torch_private import CHECKPOINT_GENERATOR, let_inputs_pass_in_forward_mode
+
+let_inputs_pass_in_forward_mode()
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def recomputed_under(again: Callable[[], AbstractContextManager]) -> Iterator[No
     Reentrant checkpoints, which only ``.backward()`` can go through, become the other kind.
     """
     module: Any = torch.utils.checkpoint
-    generator, function = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
+    generator, function = getattr(module, CHECKPOINT_GENERATOR), module.CheckpointFunction
 
     def generator_under(
         fn: Callable[..., Any], preserve: bool, context_fn: Any, *rest: Any, **kwargs: Any
@@ -35,12 +35,12 @@ def recomputed_under(again: Callable[[], AbstractContextManager]) -> Iterator[No
 
         return generator(fn, preserve, contexts, *rest, **kwargs)
 
-    module._checkpoint_without_reentrant_generator = generator_under
+    setattr(module, CHECKPOINT_GENERATOR, generator_under)
     module.CheckpointFunction = _NotReentrant
     try:
         yield
     finally:
-        module._checkpoint_without_reentrant_generator = generator
+        setattr(module, CHECKPOINT_GENERATOR, generator)
         module.CheckpointFunction = function
 
 

@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakSet
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kd_balance.replay.operators import plain_recurrence
+from kd_balance.torch_private import RECURRENT
 
 _watching: WeakSet[Any] = WeakSet()
 
@@ -110,7 +110,7 @@ def _recurrence_drops(*args: Any) -> bool:
 _FUSED = [
     _FusedCall(F, "scaled_dot_product_attention", _attention_drops, _plain_attention),
     *(
-        _FusedCall(torch._VF, name, _recurrence_drops, plain_recurrence)
+        _FusedCall(RECURRENT, name, _recurrence_drops, plain_recurrence)
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
     ),
 ]

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_balance.replay.fused_rules import make_dual, unpacked
+from kd_balance.replay.fused_rules import unpacked
+from kd_balance.torch_private import make_dual
 
 
 class LoopBackward:

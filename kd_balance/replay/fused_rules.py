@@ -30,9 +30,10 @@ import threading
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
+
+from kd_balance.torch_private import forward_level, make_dual, unpack_dual
 
 _SLICE = 2**21  # elements of an activation
 _ADDED = 2**12  # float32 numbers that may be added up one by one
@@ -118,16 +119,10 @@ def _batch_norm(
 
 
 def unpacked(tensor: Tensor | None) -> tuple[Any, Tensor | None]:
-    """Primal and tangent; forward_ad's own function takes several times as long."""
-    if tensor is None or fwAD._current_level < 0:
+    """Primal and tangent, which is None where there is none."""
+    if tensor is None or forward_level() < 0:
         return tensor, None
-    with torch._C.DisableTorchFunctionSubclass():  # a subclass expects no missing tangent
-        return torch._VF._unpack_dual(tensor, level=fwAD._current_level)
-
-
-def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    """As in forward_ad, whose own function takes several times as long."""
-    return torch._VF._make_dual(primal, tangent, level=fwAD._current_level)
+    return unpack_dual(tensor)
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from kd_balance.torch_private import tree_leaves, tree_map
 
 _PIXELS = 2**13  # of a batch: with fewer, bringing the weights into the format costs what it gains
 

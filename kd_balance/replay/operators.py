@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from kd_balance.replay.embedding import differentiable_embeddings
 from kd_balance.replay.sync_batch_norm import Summing, plain_sync_batch_norm
+from kd_balance.torch_private import (
+    ParametrizedWeightNorm,
+    WEIGHT_NORM,
+    forward_pre_hooks,
+    without_onednn,
+    without_parametrization_cache,
+)
 
 
 @contextmanager
@@ -29,10 +34,10 @@ def differentiable_operators(
         ranks: the processes that do so; None for one.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
+            stack.enter_context(without_parametrization_cache())
             if any(isinstance(m, nn.RNNBase) for m in modules):
                 stack.enter_context(plain_recurrence())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -44,28 +49,25 @@ def differentiable_operators(
                 stack.enter_context(_PlainWeightNorm())
             yield
     finally:
-        parametrize._cache_enabled = cached
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextmanager
 def plain_recurrence() -> Iterator[None]:
     """torch's own recurrent layers, where cuDNN and oneDNN have others."""
-    cudnn, mkldnn = torch.backends.cudnn.enabled, torch._C._get_mkldnn_enabled()
-    torch.backends.cudnn.enabled = False
-    torch._C._set_mkldnn_enabled(False)
+    cudnn, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
     try:
-        yield
+        with without_onednn():
+            yield
     finally:
         torch.backends.cudnn.enabled = cudnn
-        torch._C._set_mkldnn_enabled(mkldnn)
 
 
 def _has_weight_norm(modules: Sequence[nn.Module]) -> bool:
     return any(
-        isinstance(part, (_WeightNorm, WeightNorm))
+        isinstance(part, (ParametrizedWeightNorm, WeightNorm))
         for m in modules
-        for part in (m, *m._forward_pre_hooks.values())
+        for part in (m, *forward_pre_hooks(m))
     )
 
 
@@ -73,7 +75,7 @@ class _PlainWeightNorm(TorchFunctionMode):
     """Weight norm by its definition: torch's operator has a wrong second derivative (2.13)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm:
+        if func is WEIGHT_NORM:
             direction, magnitude, dim = args
             return direction * (magnitude / torch.norm_except_dim(direction, 2, dim))
         return func(*args, **(kwargs or {}))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from kd_balance.torch_private import TorchDispatchMode, tree_leaves
 
 
 def coarsest_format(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> torch.dtype:

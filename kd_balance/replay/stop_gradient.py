@@ -10,7 +10,8 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kd_balance.replay.fused_rules import FusedRules, make_dual
+from kd_balance.replay.fused_rules import FusedRules
+from kd_balance.torch_private import make_dual
 
 _DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 

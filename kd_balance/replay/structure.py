@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_balance.replay.sync_batch_norm import Summing
+from kd_balance.torch_private import buffers_within, modules_within, parameters_within, writes_to
 
 _OF_MODULES = vars(nn.Module()).keys()
 
@@ -46,7 +47,8 @@ class Structure:
     def _walk(self) -> None:
         self.modules = list(self.student.modules())
         self._dictionaries = [
-            held for m in self.modules for held in (m._modules, m._parameters, m._buffers)
+            held for m in self.modules
+            for held in (modules_within(m), parameters_within(m), buffers_within(m))
         ]
         self._seen = self._content()
         self.parameters: dict[Tensor, str] = {p: n for n, p in self.student.named_parameters()}
@@ -55,13 +57,13 @@ class Structure:
         names = {**self.buffers, **self.parameters}
         self._places: list[tuple[Held, str, str]] = []
         for module in self.modules:
-            for held in (module._parameters, module._buffers):
+            for held in (parameters_within(module), buffers_within(module)):
                 self._places += [(held, k, names[t]) for k, t in held.items() if t is not None]
         self._names = {name for _, _, name in self._places}
 
     def versions(self) -> list[int]:
         """How often every parameter was written in place."""
-        return [param._version for param in self.parameters]
+        return [writes_to(param) for param in self.parameters]
 
     def note_written(self, versions: list[int]) -> None:
         """Remembers the parameters that were written since :meth:`versions`."""
@@ -93,7 +95,7 @@ class Structure:
         before = [
             (held, dict(held))
             for module in self.modules
-            for held in (vars(module), module._parameters, module._buffers)
+            for held in (vars(module), parameters_within(module), buffers_within(module))
         ]
         if self.written:
             live = {name: param for param, name in self.parameters.items()}

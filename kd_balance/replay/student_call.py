@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._pytree import tree_leaves, tree_map
 
 from kd_balance.replay.checkpointing import recomputed_under
 from kd_balance.replay.fused_rules import FusedRules
@@ -21,6 +18,15 @@ from kd_balance.replay.memory_format import ReplayFormat
 from kd_balance.replay.operators import differentiable_operators
 from kd_balance.replay.random_state import RandomState, preserved_random_state
 from kd_balance.replay.structure import Structure
+from kd_balance.torch_private import (
+    AnyBatchNorm,
+    buffers_within,
+    compiled_from,
+    function_modes,
+    has_forward_hooks,
+    tree_leaves,
+    tree_map,
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class StudentCall:
     def normalises(self) -> bool:
         """Whether batch norms compute the batch's own statistics."""
         pairs = zip(self.structure.modules, self.training, strict=True)
-        return any(training and isinstance(module, _BatchNorm) for module, training in pairs)
+        return any(training and isinstance(module, AnyBatchNorm) for module, training in pairs)
 
     def replay(self, params: Mapping[str, Tensor]) -> Any:
         """The output of this very call, dropout masks included, under other parameters.
@@ -138,14 +144,14 @@ class StudentCall:
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
     ) -> Any:
         params = dict(params)  # as they are now, when a checkpoint computes again
-        modes, rules = _get_current_function_mode_stack(), FusedRules.active()
+        modes, rules = function_modes(), FusedRules.active()
 
         @contextmanager
         def as_recorded() -> Iterator[None]:
             copies = {n: None if b is None else b.clone() for n, b in self.buffers.items()}
             with ExitStack() as stack:
                 # what surrounds the replay is gone where a checkpoint computes again
-                active = _get_current_function_mode_stack()
+                active = function_modes()
                 for mode in modes:
                     if mode not in active:
                         stack.enter_context(mode)
@@ -169,8 +175,8 @@ def _buffers_before(structure: Structure) -> dict[str, Tensor | None]:
         id(buffer)
         for module in structure.modules
         if type(module) in _NORMS and module.training
-        if not (module._forward_hooks or module._forward_pre_hooks)
-        for buffer in module._buffers.values()
+        if not has_forward_hooks(module)
+        for buffer in buffers_within(module).values()
     }
     copies = {n: None if id(b) in unread else b.clone() for b, n in structure.buffers.items()}
     if structure.written:  # a momentum encoder is a buffer by another name
@@ -203,6 +209,10 @@ def leaves_of(output: Any) -> list[Any]:
 def replayable(student: nn.Module) -> nn.Module:
     """The module itself, without what compiles or distributes its calls."""
     distributed = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(student, (torch._dynamo.OptimizedModule, *distributed)):
-        student = getattr(student, "_orig_mod", None) or student.module
-    return student
+    while True:
+        if (original := compiled_from(student)) is not None:
+            student = original
+        elif isinstance(student, distributed):
+            student = student.module
+        else:
+            return student

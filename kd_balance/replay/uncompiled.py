@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd_balance.torch_private import compiled_from, compiles_calls
+
 _stances: dict[int, Any] = {}
 """torch's switch for each watcher, which knows what to go back to."""
 
@@ -18,8 +20,7 @@ _stances: dict[int, Any] = {}
 def is_compiled(student: nn.Module) -> bool:
     """Whether torch.compile made the student or one of its modules."""
     return any(
-        isinstance(module, torch._dynamo.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
+        compiled_from(module) is not None or compiles_calls(module)
         for module in student.modules()
     )
 
