@@ -13,7 +13,7 @@ demo: $(READY)  ## distil a student on long-tailed handwritten digits (about 2 m
 	$(BIN)/python examples/digits.py
 
 test: $(READY)  ## lint, check the types, run the tests
-	$(BIN)/flake8
+	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/pytest
 

@@ -44,8 +44,12 @@ from tests.test_habits_modules import (
     FrozenNorm,
     Recurrent,
 )
-from tests.test_habits_precision import STUDENTS as AUTOCAST_STUDENTS
-from tests.test_habits_precision import assert_autocast, assert_skips_overflows, scaled
+from tests.test_habits_precision import (
+    STUDENTS as AUTOCAST_STUDENTS,
+    assert_autocast,
+    assert_skips_overflows,
+    scaled,
+)
 from tests.test_habits_schedulers import SCHEDULERS, scheduled
 
 pytestmark = [

@@ -270,7 +270,8 @@ class Program:
         return self.criterion(output, teacher_logits, labels) / len(self.ranks)
 
     def train(self):
-        for self.step, shards in enumerate(self.shards):
+        for step, shards in enumerate(self.shards):
+            self.step = step
             self.optimizer.zero_grad()
             for rank in self.ranks:
                 torch.manual_seed(rank)

@@ -333,9 +333,10 @@ def test_gradients_that_are_never_cleared():
 
 def test_step_with_a_closure():
     def loop(lab):
-        for inputs, teacher_logits, labels in lab.batches(3):
+        for batch in lab.batches(3):
 
-            def closure():
+            def closure(batch=batch):
+                inputs, teacher_logits, labels = batch
                 lab.optimizer.zero_grad()
                 loss = lab.criterion(lab.called(inputs), teacher_logits, labels)
                 loss.backward()
