@@ -15,7 +15,7 @@ demo: $(READY)  ## distil a student on long-tailed handwritten digits (about 2 m
 test: $(READY)  ## lint, check the types, run the tests
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 gpu:  ## with this machine's python, download nothing: the CUDA tests, then the step-cost table
 	status=0; \
