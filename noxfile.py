@@ -5,6 +5,7 @@ import nox
 
 CORE = [
     *("optimizer", "engines", "golden", "loss", "checkpoint", "update_rules", "inner_step"),
+    "torch_private",
     *("replay", "replay_dropout", "replay_embedding"),
     *("habits_accelerate", "habits_accumulation", "habits_calls", "habits_modules"),
     *("habits_precision", "habits_schedulers"),
