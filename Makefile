@@ -4,18 +4,24 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu clean
+.PHONY: help demo test coverage gpu clean
+
+# pytest by as many workers as there are processors; a file's tests share what they prepare
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## distil a student on long-tailed handwritten digits (about 2 minutes)
 	$(BIN)/python examples/digits.py
 
 test: $(READY)  ## lint, check the types, run the tests
-	$(BIN)/flake8
+	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(PYTEST)
+
+coverage: $(READY)  ## run the tests and list the branches that none takes
+	$(PYTEST) --cov
 
 gpu:  ## with this machine's python, download nothing: the CUDA tests, then the step-cost table
 	status=0; \
@@ -26,7 +32,7 @@ gpu:  ## with this machine's python, download nothing: the CUDA tests, then the 
 	exit $$status
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache
+	rm -rf .venv .nox build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage*
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was cut off starts over.

@@ -92,10 +92,10 @@ def _measure(
     def lacking(key: str) -> list[str]:
         return [name for name in names if not {"failed", key} & set(rows.setdefault(name, {}))]
 
-    def fill(key: str, name: str, measure: Callable[[], Any]) -> None:
+    def fill(key: str, name: str, measure: Callable[..., Any], *args: Any) -> None:
         print(f"  {key}: {name}", file=sys.stderr)
         try:
-            rows[name][key] = measure()
+            rows[name][key] = measure(case, name, *args)
         except Exception as error:
             rows[name]["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
         results.write()
@@ -103,12 +103,12 @@ def _measure(
     for name in names:
         rows.setdefault(name, {}).setdefault("title", ROWS[name].title)
     for name in () if args.sweep else lacking("error"):
-        fill("error", name, lambda: _errors(case, name))
+        fill("error", name, _errors)
     for name in lacking("time"):
         if name != "kd":
-            fill("time", name, lambda: times(case, name, args.threads, args.repeats, args.warmup))
+            fill("time", name, times, args.threads, args.repeats, args.warmup)
     for name in lacking("memory"):
-        fill("memory", name, lambda: _memory(case, name, args.threads, args.memory_repeats))
+        fill("memory", name, _memory, args.threads, args.memory_repeats)
 
 
 def _errors(case: Case, name: str) -> dict[str, Any]:

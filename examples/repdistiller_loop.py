@@ -36,7 +36,7 @@ def train_distill(epoch, train_loader, module_list, criterion_list, optimizer, o
     model_s, model_t = module_list[0], module_list[-1]
 
     total = 0.0
-    for input, target, index in train_loader:
+    for input, target, _ in train_loader:
         if torch.cuda.is_available():
             input, target = input.cuda(), target.cuda()
 

@@ -17,7 +17,9 @@ from kd_balance.replay import preserved_random_state
 Labels = Tensor | np.ndarray | Sequence[int]
 """Class indices of N samples, 0 … C − 1."""
 
-Labelled = Dataset | DataLoader | Sequence[Any] | tuple[Tensor | Mapping[str, Tensor], Labels]
+Labelled = (
+    Dataset[Any] | DataLoader[Any] | Sequence[Any] | tuple[Tensor | Mapping[str, Tensor], Labels]
+)
 """Samples with labels: a map-style dataset of (input, label, …) or of mappings with the key
 ``label`` or ``labels``, a DataLoader over one, or the pair (inputs, labels) of tensors."""
 

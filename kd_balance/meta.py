@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kd_balance.distributed import Ranks
 from kd_balance.hard_losses import cross_entropy
 from kd_balance.logits import Alignment, Unlike, Untraceable, places_behind
-from kd_balance.loss import WeightedKDLoss, check_labels
 from kd_balance.loop_warnings import loop_level
+from kd_balance.loss import WeightedKDLoss, check_labels
 from kd_balance.record import CriterionCall
 from kd_balance.replay import RandomState, StudentCall, leaves_of, preserved_random_state
 from kd_balance.torch_private import tree_map

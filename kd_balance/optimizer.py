@@ -25,8 +25,12 @@ from kd_balance.bilevel import (
     refuse_outer,
     weight_net_of,
 )
-from kd_balance.checkpoint import by_index, load_meta_state, meta_state_of
-from kd_balance.checkpoint import check_optimizer as check_state
+from kd_balance.checkpoint import (
+    by_index,
+    check_optimizer as check_state,
+    load_meta_state,
+    meta_state_of,
+)
 from kd_balance.distributed import Ranks, check_whole
 from kd_balance.gradient_transform import GradientFunction, transformed
 from kd_balance.joint import JointOptimizer

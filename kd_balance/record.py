@@ -20,7 +20,7 @@ from kd_balance.hooks import WeakHook
 from kd_balance.logits import Edge, Recorded, Retraced, Untraceable
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.loss_graph import leaves, surroundings
-from kd_balance.replay import StudentCall, Structure, leaves_of
+from kd_balance.replay import Structure, StudentCall, leaves_of
 from kd_balance.replay.dropout import draw_as_usual, draw_plainly
 from kd_balance.replay.memory_format import ReplayFormat
 from kd_balance.replay.precision import coarsest_format
@@ -569,7 +569,7 @@ class Recorder:
             names = self._structure.parameters
             within: set[Any] = set()
 
-            def met(node: Any) -> bool:
+            def met(node: Any, within: set[Any] = within) -> bool:
                 within.add(self._mark in node.metadata)
                 return self._mark in node.metadata
 

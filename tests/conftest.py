@@ -1,8 +1,11 @@
+import os
+
 import pytest
 import torch
 
-# the tensors here are tiny: threads would only wait for one another
+# the tensors here are tiny: threads would only wait for one another, in started processes too
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -24,6 +24,23 @@ STANDIN = pytest.param(
 )
 
 
+def on_devices(names, *, cuda, standin, cpu=()):
+    """Tries all of `cuda` on a CUDA device; on the stand-in, which computes as the CPU, a few.
+
+    Args:
+        names: of the arguments beside ``device``.
+        cuda, standin, cpu: tuples of their values.
+    """
+    return pytest.mark.parametrize(
+        f"device, {names}",
+        [
+            pytest.param(*device.values, *values, marks=device.marks)
+            for device, tried in ((pytest.param("cpu"), cpu), (CUDA, cuda), (STANDIN, standin))
+            for values in tried
+        ],
+    )
+
+
 @contextmanager
 def never_waits(device):
     """Raises RuntimeError where the host would wait for the device."""

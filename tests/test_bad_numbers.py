@@ -166,8 +166,11 @@ def test_a_gradient_that_is_not_finite_moves_the_student_as_in_the_plain_loop(ma
     assert metrics["skipped_updates"] == metrics["skipped_by_meta_loss"] == 1
 
 
-def good(training_run=Run("mlp", torch.float32)):
-    return training_run.meta_batches(1)[0]
+META_RUN = Run("mlp", torch.float32)
+
+
+def good():
+    return META_RUN.meta_batches(1)[0]
 
 
 SPOILT_META = {

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests import benchmark_path  # noqa: F401
-
 from longtail.data import CropsAndFlips, FeatureDropout, Raw, Task, frequency_thirds, mislabel
 from longtail.images import load_images
 from longtail.meta_batches import MetaBatches

@@ -10,8 +10,7 @@ from kd_balance.hard_losses import (
     ClassBalancedCrossEntropy,
     effective_number_weights,
 )
-from kd_balance.soft_losses import temperature_kl
-from kd_balance.soft_losses import BalancedKL, DecoupledKD, FlattenedKL
+from kd_balance.soft_losses import BalancedKL, DecoupledKD, FlattenedKL, temperature_kl
 
 COUNTS = [50, 10, 4]
 

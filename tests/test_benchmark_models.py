@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from tests import benchmark_path  # noqa: F401
-
 from longtail.models import MODELS, build
 
 PARAMETERS = {  # of the published networks for 100 classes

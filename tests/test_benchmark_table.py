@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 
-from tests import benchmark_path  # noqa: F401
-
 from longtail.metrics import evaluate, expected_calibration_error
 from longtail.paired import against, paired_gain
 from longtail.protocol import load_protocol

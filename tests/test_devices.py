@@ -4,6 +4,7 @@ Each on a CUDA device, where there is one, and on a stand-in for one.
 """
 
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.data import BalancedBatches
 from kd_balance.teacher_bias import prior_bias
 from tests import standin
-from tests.devices import CUDA, STANDIN, never_waits
+from tests.devices import CUDA, STANDIN, never_waits, on_devices
 from tests.habits import (
     Lab,
     assert_differentiates,
@@ -44,8 +45,12 @@ from tests.test_habits_modules import (
     FrozenNorm,
     Recurrent,
 )
-from tests.test_habits_precision import STUDENTS as AUTOCAST_STUDENTS
-from tests.test_habits_precision import assert_autocast, assert_skips_overflows, scaled
+from tests.test_habits_precision import (
+    STUDENTS as AUTOCAST_STUDENTS,
+    assert_autocast,
+    assert_skips_overflows,
+    scaled,
+)
 from tests.test_habits_schedulers import SCHEDULERS, scheduled
 
 pytestmark = [
@@ -100,11 +105,12 @@ def skip_without_kernel(device, student):
         pytest.skip("the stand-in has no kernel for LSTMs")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("student", STUDENTS)
-def test_engines_agree(student, steps, optimizer, dtype, device):
+@on_devices(
+    "student, steps, optimizer, dtype",
+    cuda=product(STUDENTS, (1, 3), ("sgd-momentum", "adamw"), (torch.float64, torch.float32)),
+    standin=product(STUDENTS, (3,), ("adamw",), (torch.float64,)),
+)
+def test_engines_agree(device, student, steps, optimizer, dtype):
     skip_without_kernel(device, student)
     assert_same_hypergradient(
         plain(steps),
@@ -118,9 +124,10 @@ def test_engines_agree(student, steps, optimizer, dtype, device):
     )
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("student", STUDENTS)
-def test_the_hypergradient_is_the_slope_of_the_real_trajectory(student, steps, device):
+@on_devices(
+    "student, steps", cuda=product(STUDENTS, (1, 3)), standin=product(STUDENTS, (1,))
+)
+def test_the_hypergradient_is_the_slope_of_the_real_trajectory(device, student, steps):
     skip_without_kernel(device, student)
     assert_differentiates(plain(steps), steps=steps, rtol=1e-4, device=device, **STUDENTS[student])
 
@@ -138,8 +145,12 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_habits(name, device):
+# a scheduler moves rates, which are numbers of the host: one of them stands for all
+FEW_LOOPS = [name for name in LOOPS if name not in list(SCHEDULERS)[1:]]
+
+
+@on_devices("name", cuda=product(LOOPS), standin=product(FEW_LOOPS))
+def test_habits(device, name):
     settings = {"grad_scaler": name == "scaled and clipped"}
     assert_differentiates(LOOPS[name], steps=2, rtol=1e-4, settings=settings, device=device)
     assert_leaves_what_the_plain_loop_leaves(LOOPS[name], settings=settings, device=device)
@@ -293,28 +304,25 @@ def test_a_checkpoint_loads_from_either_device(location, tmp_path, cuda):
     assert relative_error([other.table], [lab.table]) < 1e-9
 
 
-@pytest.mark.parametrize("student", ["mlp", "conv", "transformer"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"every": 2, "unroll": 2},
-        {"accumulate": 2},
-        {"engine": "unroll"},
-        {"method": "lookahead"},
-        {"method": "paper", "meta_loss": "mix"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "device, meta_device",
-    [
-        pytest.param("cuda", "cuda", marks=CUDA.marks),
-        pytest.param("cuda", "cpu", marks=CUDA.marks),
-        pytest.param(standin.DEVICE, standin.DEVICE, marks=STANDIN.marks),
+WAYS = [
+    {},
+    {"every": 2, "unroll": 2},
+    {"accumulate": 2},
+    {"engine": "unroll"},
+    {"method": "lookahead"},
+    {"method": "paper", "meta_loss": "mix"},
+]
+
+
+@on_devices(
+    "student, settings, meta_device",
+    cuda=product(("mlp", "conv", "transformer"), WAYS, ("cuda", "cpu")),
+    standin=[
+        *product(("mlp",), WAYS, (standin.DEVICE,)),
+        *product(("conv", "transformer"), WAYS[:2], (standin.DEVICE,)),
     ],
 )
-def test_a_step_never_waits_for_the_device(student, settings, device, meta_device):
+def test_a_step_never_waits_for_the_device(device, student, settings, meta_device):
     """After the first updates, which are tried out. SGD, no clipping, no gradient scaler."""
     options = STUDENTS[student]
     lab = Lab(dtype=torch.float32, device=device, **options)

@@ -61,16 +61,18 @@ SETTINGS = {
             optimizer=optimizer,
             bilevel={"engine": engine, **({} if unroll == 1 else THREE)},
         )
-        for engine in ("adjoint", "unroll")
-        for optimizer in ("sgd-momentum", "adamw")
-        for unroll in (1, 3)
+        for engine, optimizer, unroll in (
+            ("adjoint", "sgd-momentum", 1),
+            ("adjoint", "adamw", 3),
+            ("unroll", "adamw", 1),
+            ("unroll", "sgd-momentum", 3),
+        )
     },
     **{
         f"{method}, {optimizer}": Setting(
             optimizer=optimizer, batch=(6, 4, 5, 9), bilevel={"method": method, "every": 2}
         )
-        for method in ("lookahead", "paper")
-        for optimizer in ("sgd-momentum", "adamw")
+        for method, optimizer in (("lookahead", "sgd-momentum"), ("paper", "adamw"))
     },
     "batch norm": Setting("conv", bilevel={"unroll": 3, "every": 4}),
     "batch norm, unrolled": Setting("conv", bilevel={"engine": "unroll", **THREE}),
@@ -108,13 +110,13 @@ SETTINGS = {
     ),
     **{
         f"ZeRO, {optimizer}, {name}": Setting(optimizer=optimizer, zero=True, bilevel=bilevel)
-        for optimizer in ("sgd-momentum", "adamw")
-        for name, bilevel in {
-            "three steps": THREE,
-            "finite differences": {"step_derivative": "finite_difference"},
-            "lookahead": {"method": "lookahead"},
-            "paper": {"method": "paper"},
-        }.items()
+        for optimizer, name, bilevel in (
+            ("sgd-momentum", "three steps", THREE),
+            ("adamw", "three steps", THREE),
+            ("adamw", "finite differences", {"step_derivative": "finite_difference"}),
+            ("sgd-momentum", "lookahead", {"method": "lookahead"}),
+            ("adamw", "paper", {"method": "paper"}),
+        )
     },
     "ZeRO, clipped": Setting("conv", loop="clipped", zero=True, bilevel=THREE),
     "SyncBatchNorm": Setting("conv", loop="synchronised", bilevel=THREE),
@@ -270,7 +272,8 @@ class Program:
         return self.criterion(output, teacher_logits, labels) / len(self.ranks)
 
     def train(self):
-        for self.step, shards in enumerate(self.shards):
+        for step, shards in enumerate(self.shards):
+            self.step = step
             self.optimizer.zero_grad()
             for rank in self.ranks:
                 torch.manual_seed(rank)
@@ -334,9 +337,8 @@ def test_ranks_train_what_one_process_trains(name, found):
 
 
 def test_four_ranks_train_what_one_process_trains():
-    names = ("tied, uneven", "paper, adamw", "batch norm")
-    for name, results in ranks.run({n: (train, SETTINGS[n]) for n in names}, 4).items():
-        assert_trained_alike(SETTINGS[name], results)
+    setting = SETTINGS["tied, uneven"]
+    assert_trained_alike(setting, ranks.run({"": (train, setting)}, 4)[""])
 
 
 def assert_trained_alike(setting, results):

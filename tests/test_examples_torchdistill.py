@@ -95,7 +95,7 @@ def test_it_is_the_plain_loop(example):
     meta_loader = digits.meta_loader(50)
     optimizer = BilevelOptimizer(optimizer, student, criterion, meta_loader, **EVERY_STEP)
     loader = torch.utils.data.DataLoader(digits.dataset("train"), batch_size=32)
-    for epoch in range(2):
+    for _ in range(2):
         for index, (inputs, targets) in enumerate(loader, 1):
             with torch.no_grad():
                 teacher_logits = teacher(inputs)

@@ -2,8 +2,6 @@
 
 import json
 
-from tests import benchmark_path  # noqa: F401  the benchmarks' package
-
 import gpu
 from gpucost.students import STUDENTS
 from stepcost.rows.lookahead import BareHigher

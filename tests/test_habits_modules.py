@@ -335,7 +335,7 @@ def test_activation_checkpointing_saves_memory_in_replays_too():
         lab.wrap()
         calls = []
         lab.student.block.register_forward_pre_hook(
-            lambda *_: calls.append(torch.is_grad_enabled())
+            lambda *_, calls=calls: calls.append(torch.is_grad_enabled())
         )
         plain(2)(lab)
         del calls[:]

@@ -4,8 +4,6 @@ import json
 
 import torch
 
-from tests import benchmark_path  # noqa: F401  the benchmarks' package
-
 import host_cost
 from stepcost.operators import computing_operators
 

@@ -11,7 +11,6 @@ from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.inner_step import DIFFERENTIABLE, GroupUpdate, Update
 from tests.students import EVERY_STEP, OPTIMIZERS, Run, relative_error, two_groups
 
-
 # torch rounds NAdam's momentum product and ASGD's rate to float32 even for float64 parameters
 STEP_TOLERANCE = {"nadam": 1e-6, "asgd": 1e-7}
 

@@ -1,13 +1,14 @@
 """Loops whose record would not be true: right all the same, refused in one sentence, or told."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import grad
 
-from kd_balance import BilevelOptimizer, WeightedKDLoss
-from kd_balance import optimizer as optimizers
+from kd_balance import BilevelOptimizer, WeightedKDLoss, optimizer as optimizers
 from tests.habits import (
     Lab,
     assert_differentiates,
@@ -279,7 +280,7 @@ def test_maximize_turns_the_virtual_step_of_method_paper_too():
     up, down = (
         trained(
             step, wrapped=True, settings={"method": "paper"},
-            optimizer=lambda ps: torch.optim.SGD(ps, lr=1e-6, maximize=maximize),
+            optimizer=partial(torch.optim.SGD, lr=1e-6, maximize=maximize),
         ).hypergradient
         for maximize in (True, False)
     )

@@ -395,4 +395,4 @@ def test_bad_arguments_get_one_sentence(message):
 
 def test_weights_before_the_first_call_are_refused():
     with pytest.raises(RuntimeError, match="before the first call"):
-        WeightedKDLoss().weights
+        _ = WeightedKDLoss().weights

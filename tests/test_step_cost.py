@@ -6,8 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests import benchmark_path  # noqa: F401  the benchmarks' package
-
 import step_cost
 from stepcost.case import Case
 from stepcost.exact import Snapshot, hypergradient, relative_error

@@ -92,8 +92,7 @@ ADAFACTORS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps, engine", [(4, "adjoint"), (1, "unroll")])
 @pytest.mark.parametrize("name", ADAFACTORS)
 def test_adafactor(name, steps, engine):
     def make(params):
@@ -115,8 +114,7 @@ OF_TRANSFORMERS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps, engine", [(4, "adjoint"), (1, "unroll")])
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
 def test_the_adafactor_of_transformers(name, steps, engine):
     kind = pytest.importorskip("transformers.optimization").Adafactor
@@ -149,8 +147,7 @@ def test_another_class_of_a_known_name_is_refused_by_its_full_name():
 
 
 @MUON
-@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps, engine", [(4, "adjoint"), (1, "unroll")])
 @pytest.mark.parametrize(
     "options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}], ids=["usual", "other"]
 )
@@ -304,8 +301,7 @@ def rules(monkeypatch):
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
 
 
-@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps, engine", [(4, "adjoint"), (1, "unroll")])
 def test_a_registered_rule(steps, engine, rules):
     register_update_rule(Softsign, softsign)
     assert_differentiates(

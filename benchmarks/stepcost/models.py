@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from longtail.models import MODELS as CIFAR_MODELS
-from longtail.models import MLP
+from longtail.models import MLP, MODELS as CIFAR_MODELS
 
 VOCABULARY = 30_522
 LENGTH = 64

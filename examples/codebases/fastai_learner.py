@@ -24,10 +24,9 @@ from fastai.metrics import BalancedAccuracy
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
+from clouds import BALANCED, LONG_TAIL, Mlp, clouds
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.check import check_hypergradient
-
-from clouds import BALANCED, LONG_TAIL, Mlp, clouds
 
 EPOCHS = 5
 

@@ -26,10 +26,9 @@ from ignite.handlers import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from clouds import BALANCED, LONG_TAIL, Mlp, clouds
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.check import check_hypergradient
-
-from clouds import BALANCED, LONG_TAIL, Mlp, clouds
 
 EPOCHS = 5
 

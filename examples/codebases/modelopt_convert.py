@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.utils.data import DataLoader
 
+from clouds import BALANCED, CLASSES, FEATURES, LONG_TAIL, Mlp, clouds
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.check import check_hypergradient
-
-from clouds import BALANCED, CLASSES, FEATURES, LONG_TAIL, Mlp, clouds
 
 EPOCHS, WIDTH = 5, 12
 

@@ -22,11 +22,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from clouds import BALANCED, CLASSES, LONG_TAIL
 from kd_balance import WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.check import check_hypergradient
 from kd_balance.integrations.huggingface import BilevelTrainer  # kd-balance
-
-from clouds import BALANCED, CLASSES, LONG_TAIL
 
 WORDS = ["[PAD]", "[UNK]"] + [f"w{i}" for i in range(60)]
 

@@ -17,10 +17,9 @@ from skorch import NeuralNetClassifier
 from skorch.callbacks import EpochScoring, GradientNormClipping, LRScheduler
 from torch import Tensor, nn
 
+from clouds import BALANCED, LONG_TAIL, Mlp, clouds
 from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
 from kd_balance.check import check_hypergradient
-
-from clouds import BALANCED, LONG_TAIL, Mlp, clouds
 
 EPOCHS = 6
 

@@ -20,13 +20,15 @@ import torch
 from textbrewer import BasicTrainer, DistillationConfig, GeneralDistiller, TrainingConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
-from transformers import get_linear_schedule_with_warmup as linear_schedule
-
-from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
-from kd_balance.check import check_hypergradient
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    get_linear_schedule_with_warmup as linear_schedule,
+)
 
 from clouds import BALANCED, CLASSES, LONG_TAIL
+from kd_balance import BilevelOptimizer, WeightedKDLoss, class_counts, meta_loader  # kd-balance
+from kd_balance.check import check_hypergradient
 
 WORDS, LENGTH, EPOCHS, ACCUMULATED = 60, 10, 4, 2
 HIDDEN = {"feature": "hidden", "loss": "hidden_mse", "layer_T": 2, "layer_S": 1, "weight": 0.1,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kd_balance.loop_warnings import loop_level
 from kd_balance.bilevel.settings import Settings
 from kd_balance.bilevel.student_step import needs_closure
 from kd_balance.inner_step import DIFFERENTIABLE, full_name, is_differentiable, known_optimizers
 from kd_balance.joint import parts, shares_out
+from kd_balance.loop_warnings import loop_level
 from kd_balance.loss import WeightedKDLoss
 
 

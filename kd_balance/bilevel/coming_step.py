@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kd_balance.loop_warnings import LoopWarnings
 from kd_balance.bilevel.settings import Settings
 from kd_balance.bilevel.window import Window
 from kd_balance.clipping import Clipping
@@ -14,6 +13,7 @@ from kd_balance.distributed import Ranks
 from kd_balance.gradients import Gradients
 from kd_balance.inner_step import InnerStep, Update
 from kd_balance.invariants import Invariants
+from kd_balance.loop_warnings import LoopWarnings
 from kd_balance.record import CriterionCall, Recording
 from kd_balance.replay import Structure
 from kd_balance.torch_private import has_gradient_hooks

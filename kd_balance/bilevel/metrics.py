@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_balance.loop_warnings import LoopWarnings
+from kd_balance.bilevel.skipped import Skipped
 from kd_balance.bilevel.weight_net_step import WeightNetStep
 from kd_balance.invariants import Invariants
+from kd_balance.loop_warnings import LoopWarnings
 from kd_balance.loss import WeightedKDLoss
-from kd_balance.bilevel.skipped import Skipped
 
 _FIRST = 10  # windows that tell where the meta loss began
 

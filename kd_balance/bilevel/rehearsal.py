@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from kd_balance.bilevel.arguments import check_one_device
-from kd_balance.loop_warnings import LoopWarnings
 from kd_balance.bilevel.meta_update import MetaLossOfParams, MetaUpdate
 from kd_balance.bilevel.settings import Settings
 from kd_balance.distributed import FailedElsewhere, Ranks
 from kd_balance.hypergradient import ENGINES
 from kd_balance.inner_step import InnerStep
 from kd_balance.invariants import GRADIENT, Broken
+from kd_balance.loop_warnings import LoopWarnings
 from kd_balance.meta import MetaObjective
 from kd_balance.record import CriterionCall
 from kd_balance.replay import Structure, stops_gradients

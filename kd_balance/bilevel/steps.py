@@ -11,11 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kd_balance.bilevel.coming_step import ComingStep
-from kd_balance.loop_warnings import LoopWarnings
 from kd_balance.bilevel.meta_update import MetaUpdate
 from kd_balance.bilevel.metrics import Metrics
 from kd_balance.bilevel.rehearsal import Rehearsal
 from kd_balance.bilevel.settings import Settings
+from kd_balance.bilevel.skipped import Skipped
 from kd_balance.bilevel.student_step import StudentStep
 from kd_balance.bilevel.weight_net_step import WeightNetStep
 from kd_balance.bilevel.window import Window
@@ -23,11 +23,11 @@ from kd_balance.distributed import Ranks
 from kd_balance.gradients import Gradients
 from kd_balance.inner_step import InnerStep
 from kd_balance.invariants import REPLAY, Invariants
+from kd_balance.loop_warnings import LoopWarnings
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaObjective, MetaSet
 from kd_balance.record import Recorder
 from kd_balance.replay import Structure
-from kd_balance.bilevel.skipped import Skipped
 
 
 class BilevelSteps:

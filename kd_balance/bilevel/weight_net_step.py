@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_balance.bilevel.settings import Settings
+from kd_balance.bilevel.skipped import Skipped
 from kd_balance.gradients import copies
 from kd_balance.loss import WeightedKDLoss
-from kd_balance.bilevel.skipped import Skipped
 
 
 class WeightNetStep:

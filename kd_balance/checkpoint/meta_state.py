@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from kd_balance.bilevel import BilevelSteps
-from kd_balance.loop_warnings import loop_level
 from kd_balance.checkpoint import checks
 from kd_balance.checkpoint.open_window import Around, NotPlain, packed, unpacked
 from kd_balance.inner_step import InnerStep
 from kd_balance.joint import parts
+from kd_balance.loop_warnings import loop_level
 
 
 def meta_state_of(steps: BilevelSteps) -> dict[str, Any]:

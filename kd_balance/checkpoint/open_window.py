@@ -20,7 +20,7 @@ from kd_balance.gradient_transform import GradientTransform
 from kd_balance.inner_step import GroupUpdate, InnerStep, StepCopy, Update, full_name
 from kd_balance.logits import Recorded, Retraced
 from kd_balance.record import Cast, CriterionCall, Leaf, Made, Output
-from kd_balance.replay import RandomState, StudentCall, Structure
+from kd_balance.replay import RandomState, Structure, StudentCall
 from kd_balance.replay.student_call import Autocast
 from kd_balance.top_k import TopK
 

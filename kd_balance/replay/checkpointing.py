@@ -18,7 +18,7 @@ let_inputs_pass_in_forward_mode()
 
 
 @contextmanager
-def recomputed_under(again: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def recomputed_under(again: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Lets checkpoints made in here run their recomputation within ``again()``.
 
     Reentrant checkpoints, which only ``.backward()`` can go through, become the other kind.
@@ -29,7 +29,7 @@ def recomputed_under(again: Callable[[], AbstractContextManager]) -> Iterator[No
     def generator_under(
         fn: Callable[..., Any], preserve: bool, context_fn: Any, *rest: Any, **kwargs: Any
     ) -> Any:
-        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             forward, recompute = context_fn()
             return forward, _Nested(again, recompute)
 
@@ -54,11 +54,11 @@ class _NotReentrant:
         )
 
 
-class _Nested(AbstractContextManager):
+class _Nested(AbstractContextManager[Any]):
     """One context inside another, entered anew for every recomputation."""
 
     def __init__(
-        self, outer: Callable[[], AbstractContextManager], inner: AbstractContextManager
+        self, outer: Callable[[], AbstractContextManager[Any]], inner: AbstractContextManager[Any]
     ) -> None:
         self._outer = outer
         self._inner = inner

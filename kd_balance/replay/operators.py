@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from kd_balance.replay.embedding import differentiable_embeddings
 from kd_balance.replay.sync_batch_norm import Summing, plain_sync_batch_norm
 from kd_balance.torch_private import (
-    ParametrizedWeightNorm,
     WEIGHT_NORM,
+    ParametrizedWeightNorm,
     forward_pre_hooks,
     without_onednn,
     without_parametrization_cache,

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from kd_balance.report.plots import Plot
 
-
 # of CSS variables, light and dark; the lines' are told apart by people who see fewer colours too
 COLORS = {
     "ink": ("#24292f", "#e6e8eb"),

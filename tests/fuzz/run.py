@@ -393,7 +393,7 @@ class Run:
         if does("time", "look at weights"):
             self.criterion.weights.mean().item()
             if self.wrapped:
-                self.optimizer.metrics
+                _ = self.optimizer.metrics
 
     def _gradients(self, batch):
         """Forward and backward passes of the step."""
