@@ -61,18 +61,16 @@ SETTINGS = {
             optimizer=optimizer,
             bilevel={"engine": engine, **({} if unroll == 1 else THREE)},
         )
-        for engine, optimizer, unroll in (
-            ("adjoint", "sgd-momentum", 1),
-            ("adjoint", "adamw", 3),
-            ("unroll", "adamw", 1),
-            ("unroll", "sgd-momentum", 3),
-        )
+        for engine in ("adjoint", "unroll")
+        for optimizer in ("sgd-momentum", "adamw")
+        for unroll in (1, 3)
     },
     **{
         f"{method}, {optimizer}": Setting(
             optimizer=optimizer, batch=(6, 4, 5, 9), bilevel={"method": method, "every": 2}
         )
-        for method, optimizer in (("lookahead", "sgd-momentum"), ("paper", "adamw"))
+        for method in ("lookahead", "paper")
+        for optimizer in ("sgd-momentum", "adamw")
     },
     "batch norm": Setting("conv", bilevel={"unroll": 3, "every": 4}),
     "batch norm, unrolled": Setting("conv", bilevel={"engine": "unroll", **THREE}),
@@ -110,13 +108,13 @@ SETTINGS = {
     ),
     **{
         f"ZeRO, {optimizer}, {name}": Setting(optimizer=optimizer, zero=True, bilevel=bilevel)
-        for optimizer, name, bilevel in (
-            ("sgd-momentum", "three steps", THREE),
-            ("adamw", "three steps", THREE),
-            ("adamw", "finite differences", {"step_derivative": "finite_difference"}),
-            ("sgd-momentum", "lookahead", {"method": "lookahead"}),
-            ("adamw", "paper", {"method": "paper"}),
-        )
+        for optimizer in ("sgd-momentum", "adamw")
+        for name, bilevel in {
+            "three steps": THREE,
+            "finite differences": {"step_derivative": "finite_difference"},
+            "lookahead": {"method": "lookahead"},
+            "paper": {"method": "paper"},
+        }.items()
     },
     "ZeRO, clipped": Setting("conv", loop="clipped", zero=True, bilevel=THREE),
     "SyncBatchNorm": Setting("conv", loop="synchronised", bilevel=THREE),
@@ -337,8 +335,9 @@ def test_ranks_train_what_one_process_trains(name, found):
 
 
 def test_four_ranks_train_what_one_process_trains():
-    setting = SETTINGS["tied, uneven"]
-    assert_trained_alike(setting, ranks.run({"": (train, setting)}, 4)[""])
+    names = ("tied, uneven", "paper, adamw", "batch norm")
+    for name, results in ranks.run({n: (train, SETTINGS[n]) for n in names}, 4).items():
+        assert_trained_alike(SETTINGS[name], results)
 
 
 def assert_trained_alike(setting, results):
