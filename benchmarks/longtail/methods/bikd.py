@@ -44,10 +44,19 @@ class TwoLines(Method):
 
 
 class PlainTwoLines(TwoLines):
-    """The same where the class counts are not given."""
+    """The same where the class counts are not given.
+
+    Args:
+        mean: of MetaWeightNet; 0 for free weights, as published.
+    """
+
+    def __init__(self, task: Task, protocol: Protocol, seed: int, *, mean: float = 0.0) -> None:
+        self._mean = mean or None
+        super().__init__(task, protocol, seed)
 
     def _criterion(self) -> WeightedKDLoss:
-        return WeightedKDLoss(MetaWeightNet(), temperature=self.protocol.temperature)
+        weight_net = MetaWeightNet(mean=self._mean)
+        return WeightedKDLoss(weight_net, temperature=self.protocol.temperature)
 
 
 class BiKD(Method):
