@@ -89,7 +89,7 @@ class WeightedKDLoss(nn.Module):
 
     Example::
 
-        criterion = WeightedKDLoss(MetaWeightNet(), temperature=4.0)
+        criterion = WeightedKDLoss(MetaWeightNet(mean=0.5), temperature=4.0)
         loss = criterion(student(inputs), teacher_logits, targets)
         loss.backward()
         criterion.weights  # [N, 2]

@@ -106,7 +106,7 @@ class BilevelOptimizer(Optimizer):
 
     Example::
 
-        criterion = WeightedKDLoss(MetaWeightNet())
+        criterion = WeightedKDLoss(MetaWeightNet(mean=0.5))
         optimizer = BilevelOptimizer(optimizer, student, criterion, meta_loader)
         for inputs, targets in loader:
             loss = criterion(student(inputs), teacher_logits(inputs), targets)

@@ -179,7 +179,7 @@ class MetaWeightNet(nn.Module):
             all. The average over the samples and the terms stays what it is at the start:
             the net shares out weight between samples and losses, and has no say in the size of
             the loss as a whole, which a hypergradient through few steps would shrink. None leaves
-            every weight free.
+            every weight free, as published; all of them can then fall to nothing.
         ratio: with `mean`, how many times the smallest weight of a loss the largest can be.
         terms: names of the loss's terms, as the criterion has them.
 

@@ -1,7 +1,6 @@
 """Training runs of the benchmark: every method, resuming, skipping, sharing a plan."""
 
 import json
-import math
 from itertools import product
 
 import numpy as np
@@ -120,7 +119,7 @@ def test_a_teacher_s_class_bias_is_taken_away_on_demand(name, task, protocol, te
 def test_the_meta_set_can_be_trained_on_too(task, protocol):
     method = make_method("bikd-online:with_meta=1,features=student_ce+frequency", task, protocol, 0)
     assert (method.counts - task.counts).tolist() == [4] * 4
-    (column,) = [f for f in method.weight_net.features if callable(f)]
+    (column,) = [f for f in method.criterion.weight_net.features if callable(f)]
     expected = (method.counts / method.counts.sum()).log()
     torch.testing.assert_close(column(None, None, torch.arange(4)), expected)
 
@@ -161,48 +160,12 @@ def test_a_robust_hard_loss_hardly_minds_unlikely_labels(task, protocol):
     assert robust[1] < 0.01 * plain[1]
 
 
-def test_the_student_is_trained_with_the_average_of_the_weight_net(task, protocol, teacher_logits):
-    method = make_method("bikd-online:average=0.9", task, protocol, 0)
-    trained(method, teacher_logits)
-    features = torch.rand(5, 2)
-    weights = method.weight_net(features)
-    torch.testing.assert_close(weights, method.weight_net.average(features))
-    assert (weights - method.weight_net.net(features)).abs().max() > 1e-5
-    assert all(p.grad is not None for p in method.weight_net.net.parameters())
-
-
-@pytest.mark.parametrize("options", ["floor=0.5", "scale=2", "floor=0.5,scale=2"])
-def test_learned_weights_keep_to_their_bounds(options, task, protocol):
-    method = make_method(f"bikd-online:{options}", task, protocol, 0)
+def test_learned_weights_keep_to_their_bound(task, protocol):
+    method = make_method("bikd-online:scale=2", task, protocol, 0)
     plain = make_method("bikd-online", task, protocol, 0)
-    bounds = {key: float(value) for key, value in (o.split("=") for o in options.split(","))}
-    low, high = bounds.get("floor", 0.0), bounds.get("scale", 1.0)
     features = torch.randn(50, 2)
-    expected = torch.lerp(torch.tensor(low), torch.tensor(high), plain.weight_net(features))
-    torch.testing.assert_close(method.weight_net(features), expected)
-
-
-def test_the_rate_of_the_weight_net_falls_on_demand(task, protocol, teacher_logits):
-    method = make_method("bikd-online:meta_schedule=cosine,meta_lr=0.01", task, protocol, 0)
-    rates = []
-    method._meta_optimizer.register_step_pre_hook(
-        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
-    )
-    trained(method, teacher_logits, epochs=4)
-    halves = [0.01 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (1, 2, 3, 4)]
-    assert sorted(set(rates), reverse=True) == pytest.approx(halves)
-
-
-def test_the_meta_loss_is_taken_in_eval_mode_on_demand(task, protocol, teacher_logits):
-    def modes(mode):
-        model, seen = student(), set()
-        method = make_method(f"bikd-online:meta_mode={mode}", task, protocol, 0)
-        model.register_forward_pre_hook(lambda module, _: seen.add(module.training))
-        fit(model, method, 1, teacher_logits, CPU)
-        assert model.training
-        return seen
-
-    assert modes("train") == {True} and modes("eval") == {True, False}
+    expected = 2 * plain.criterion.weight_net(features)
+    torch.testing.assert_close(method.criterion.weight_net(features), expected)
 
 
 def test_balanced_softmax_knows_whether_the_meta_set_joins(task, protocol):
@@ -292,7 +255,7 @@ def test_tuned_adjustment_takes_the_tau_that_is_best_on_the_validation_set(
     assert accuracy(tuned(inputs)) == max(map(accuracy, others)) > accuracy(others[0])
 
 
-@pytest.mark.parametrize("name", ["kd", "bs+bikd-online", "bikd-lookahead:start=0.5"])
+@pytest.mark.parametrize("name", ["kd", "bs+bikd-online", "bikd-lookahead"])
 def test_a_killed_run_goes_on_where_it_stood(
     name, task, protocol, teacher_logits, tmp_path, monkeypatch
 ):
@@ -324,7 +287,7 @@ def test_a_killed_run_goes_on_where_it_stood(
     assert parts == [(0.75, True), (0.25, False)] and not file.exists()
 
 
-def test_seeds_and_start_change_a_run_and_nothing_else_does(task, protocol, teacher_logits):
+def test_seeds_change_a_run_and_nothing_else_does(task, protocol, teacher_logits):
     def run(name, seed):
         return trained(make_method(name, task, protocol, seed), teacher_logits)[0]
 
@@ -333,17 +296,15 @@ def test_seeds_and_start_change_a_run_and_nothing_else_does(task, protocol, teac
     torch.manual_seed(2)
     assert torch.equal(run("kd", 0), one)
     assert not torch.equal(run("kd", 1), one)
-    assert torch.equal(run("bikd-online:start=1.0", 0), one)
-    assert not torch.equal(run("bikd-online:start=0.5", 0), one)
 
 
 def test_unknown_methods_and_options_get_a_sentence(task, protocol):
     with pytest.raises(ValueError, match="'kdd' is unknown, expected one of ce, bs"):
         make_method("kdd", task, protocol, 0)
     with pytest.raises(ValueError, match="has no value, expected key=value"):
-        make_method("bikd-online:start", task, protocol, 0)
-    with pytest.raises(ValueError, match="'kd:start=1' cannot be made"):
-        make_method("kd:start=1", task, protocol, 0)
+        make_method("bikd-online:every", task, protocol, 0)
+    with pytest.raises(ValueError, match="'kd:every=1' cannot be made"):
+        make_method("kd:every=1", task, protocol, 0)
 
 
 @pytest.fixture
@@ -384,11 +345,6 @@ def test_a_result_says_how_it_was_made(run):
     assert row["seconds"] > 0 and row["teacher_metrics"]["overall"] > 0
     epochs = [epoch for epoch, _ in row["weights"]]
     assert epochs == [1, 2, 3] and np.shape(row["weights"][0][1]) == (4, 2)
-
-
-def test_a_result_is_written_for_meta_passes_in_eval_mode(run):
-    name = "bikd-online:meta_mode=eval"
-    assert run("--method", name, "--teacher-kind", "biased")[-1]["method"] == name
 
 
 def test_runs_with_a_result_are_skipped_and_lines_never_change(run, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
+from kd_balance import BilevelOptimizer, WeightedKDLoss
 from tests.habits import assert_one_sentence
 from tests.students import EVERY_STEP, relative_error
 
@@ -39,7 +39,8 @@ def test_the_example_trains_student_and_weight_net(example, windows_of_four, cap
     assert isinstance(optimizer, BilevelOptimizer)
     assert optimizer.metrics["meta_updates"] == 4  # 280 images in batches of 32, twice
     assert optimizer.metrics["skipped_updates"] == 0
-    assert all(p.grad.any() for p in optimizer.criterion.weight_net.parameters())
+    assert optimizer.criterion.teacher_bias.any()
+    assert optimizer.criterion.weight_net.layers[-2].weight.any()  # zero at the start
     assert "student, test: all" in capsys.readouterr().out
 
 
@@ -90,7 +91,7 @@ def test_it_is_the_plain_loop(example):
     import digits
 
     torch.manual_seed(1)
-    criterion = WeightedKDLoss(MetaWeightNet(), temperature=4.0)
+    criterion = WeightedKDLoss.long_tailed(digits.train_counts(), temperature=4.0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     meta_loader = digits.meta_loader(50)
     optimizer = BilevelOptimizer(optimizer, student, criterion, meta_loader, **EVERY_STEP)
@@ -135,6 +136,12 @@ def test_two_stages(example):
         (
             "0 losses with the key WeightedKDLoss",
             lambda train: train["criterion"]["kwargs"].update(sub_terms={}),
+        ),
+        (
+            "given class_counts and weight_net, expected one of them",
+            lambda train: train["criterion"]["kwargs"]["sub_terms"]["kd"]["criterion"][
+                "kwargs"
+            ].update(weight_net={}),
         ),
     ],
 )

@@ -76,7 +76,6 @@ def fit(
     task, protocol, seed = method.task, method.protocol, method.seed
     model.to(machine.device, memory_format=torch.channels_last)
     plain = _optimizer(model, protocol)
-    optimizer = plain
     samples = method.samples()
     # The last, smaller batch is left out: all batches alike, and each epoch leaves out others.
     steps = len(samples) // protocol.batch_size
@@ -89,29 +88,23 @@ def fit(
     meta = MetaBatches(
         task, source, teacher_logits, protocol.views, protocol.meta_batch_size, seed
     )
+    optimizer = method.wrap(plain, model, meta)
     order_of_views = _permutation(protocol.views, seed, 0)
-    switch = int(method.start * epochs)
     every = max(1, epochs // 40)  # epochs between records of the weights
 
     progress = Progress()
     saved = torch.load(checkpoint, weights_only=False) if checkpoint and checkpoint.exists() else {}
     if saved:
         progress = saved["progress"]
-        if progress.epoch > switch:
-            optimizer = method.wrap(plain, model, meta)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
         advance(progress.epoch / epochs, found=True)
-    if progress.epoch == 0 and switch == 0:
-        optimizer = method.wrap(plain, model, meta)
-    has_meta_steps = optimizer is not plain or switch > 0
+    has_meta_steps = optimizer is not plain
     student = torch.compile(model) if machine.compile and not has_meta_steps else model
 
     last_save = time.monotonic()
     for epoch in range(progress.epoch, epochs):
-        if epoch == switch and epoch > 0:
-            optimizer = method.wrap(plain, model, meta)
         clock, cpu_clock = time.monotonic(), time.process_time()
         model.train()
         view = order_of_views[epoch % protocol.views].to(machine.device)

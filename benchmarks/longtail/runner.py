@@ -202,8 +202,7 @@ def _row(name: str, predict: Predict, task: Task, progress: Progress) -> dict[st
 
 
 def _options(method: Method) -> dict[str, Any]:
-    options = {"class": type(method).__name__, "start": method.start}
-    return options | getattr(method, "options", {})
+    return {"class": type(method).__name__} | getattr(method, "options", {})
 
 
 def _describe(job: Job) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchdistill.models.registry import register_model
 
-from kd_balance.data import long_tail_indices, split_balanced
+from kd_balance.data import class_counts, long_tail_indices, split_balanced
 
 
 @register_model
@@ -35,3 +35,7 @@ def dataset(split: str) -> TensorDataset:
 
 def meta_loader(batch_size: int) -> DataLoader:
     return DataLoader(dataset("val"), batch_size=batch_size, shuffle=True)
+
+
+def train_counts() -> torch.Tensor:
+    return class_counts(dataset("train"))

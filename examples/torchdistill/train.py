@@ -1,8 +1,8 @@
 """torchdistill, driven by digits.yaml: the loss and the optimizer are named there by key.
 
-This program is the one that torchdistill's own examples have, in short, and knows nothing of
-kd-balance. What changed in digits.yaml is marked there; docs/drop_in.md shows it against what it
-replaces.
+This program is the one that torchdistill's own examples have, in short. Of kd-balance it knows that
+the criterion finds the teacher's bias, which no key of the file can give it. What changed in
+digits.yaml is marked there; docs/drop_in.md shows it against what it replaces.
 
     pip install 'kd-balance[examples,torchdistill]'
     python examples/torchdistill/train.py    # about fifteen seconds
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> DistillationBox:
     box = get_distillation_box(
         teacher, student, datasets, config["train"], device, None, False, 1
     )
+    teacher.eval()
+    meta_loader = config["train"]["optimizer"]["kwargs"]["meta_loader"]
+    box.optimizer.criterion.find_teacher_bias((teacher(x.to(device)), y) for x, y in meta_loader)
 
     def step(batch):
         inputs, targets, supp_dict = batch

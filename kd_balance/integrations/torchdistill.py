@@ -6,7 +6,7 @@ mid-level losses and "BilevelOptimizer" among its optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -24,14 +24,18 @@ _unclaimed: WeakSet[WeightedKDLoss] = WeakSet()
 
 @register_mid_level_loss(key="WeightedKDLoss")
 class WeightedKDTerm(nn.Module):
-    """A WeightedKDLoss with a MetaWeightNet as a term of torchdistill's losses.
+    """A WeightedKDLoss as a term of torchdistill's losses.
 
     Args:
         student_module_path, student_module_io: where the student's logits lie among what
             torchdistill kept of its forward pass, usually "." and "output".
         teacher_module_path, teacher_module_io: the same of the teacher.
-        weight_net: settings of the MetaWeightNet.
-        **settings: those of WeightedKDLoss.
+        class_counts: as for WeightedKDLoss.long_tailed, which then makes the loss.
+        weight_net: without class counts, settings of the MetaWeightNet.
+        **settings: those of WeightedKDLoss or of its long_tailed.
+
+    Raises:
+        ValueError: both class_counts and weight_net.
 
     Example::
 
@@ -47,6 +51,8 @@ class WeightedKDTerm(nn.Module):
                     student_module_io: 'output'
                     teacher_module_path: '.'
                     teacher_module_io: 'output'
+                    class_counts: !import_call
+                      key: 'my_data.class_counts'
                     temperature: 4.0
                 weight: 1.0
     """
@@ -57,13 +63,22 @@ class WeightedKDTerm(nn.Module):
         student_module_io: str,
         teacher_module_path: str,
         teacher_module_io: str,
+        class_counts: Tensor | Sequence[int] | None = None,
         weight_net: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
         self.student_module_path, self.student_module_io = student_module_path, student_module_io
         self.teacher_module_path, self.teacher_module_io = teacher_module_path, teacher_module_io
-        self.criterion = WeightedKDLoss(MetaWeightNet(**(weight_net or {})), **settings)
+        if class_counts is None:
+            self.criterion = WeightedKDLoss(MetaWeightNet(**(weight_net or {})), **settings)
+        elif weight_net is None:
+            self.criterion = WeightedKDLoss.long_tailed(class_counts, **settings)
+        else:
+            raise ValueError(
+                "WeightedKDLoss was given class_counts and weight_net, expected one of them: the "
+                "class counts bring a weight net of their own."
+            )
         _unclaimed.add(self.criterion)
 
     def forward(

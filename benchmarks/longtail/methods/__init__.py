@@ -62,7 +62,7 @@ def make_method(spec: str, task: Task, protocol: Protocol, seed: int) -> Method:
     """A method from its name and options.
 
     Args:
-        spec: a name in METHODS, or one with options of its class: "bikd-online:start=0.7,every=2".
+        spec: a name in METHODS, or one with options of its class: "bikd-online:unroll=2,every=2".
         task, protocol, seed: of the run.
 
     Raises:

@@ -22,7 +22,6 @@ class Method:
         meta_copies: how often the meta set is in the training set.
         derived: what else is made of the trained student, names in ``longtail.afterwards``.
         cost: time of a run in units of a plain one, roughly, for the progress bar alone.
-        start: share of the epochs after which :meth:`wrap` is called.
         criterion: the WeightedKDLoss with a weight net whose weights are to be recorded.
         chosen_on: the set whose accuracy decides between candidates, an attribute of the task.
         debiases: whether the teacher's logits lose their ``prior_bias``, found on the meta set.
@@ -31,7 +30,6 @@ class Method:
     meta_copies: int = 0
     derived: ClassVar[tuple[str, ...]] = ()
     cost: float = 1.0
-    start: float = 0.0
     criterion: nn.Module | None = None
     chosen_on: ClassVar[str] = "meta_set"
 
@@ -67,7 +65,7 @@ class Method:
         raise NotImplementedError
 
     def wrap(self, optimizer: Optimizer, student: nn.Module, meta: MetaBatches) -> Optimizer:
-        """The optimizer that takes the student's steps from epoch `start` on."""
+        """The optimizer that takes the student's steps."""
         return optimizer
 
     def rate_decayed(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.hard_losses import BalancedSoftmax
@@ -45,10 +44,19 @@ class TwoLines(Method):
 
 
 class PlainTwoLines(TwoLines):
-    """The same where the class counts are not given."""
+    """The same where the class counts are not given.
+
+    Args:
+        mean: of MetaWeightNet; 0 for free weights, as published.
+    """
+
+    def __init__(self, task: Task, protocol: Protocol, seed: int, *, mean: float = 0.0) -> None:
+        self._mean = mean or None
+        super().__init__(task, protocol, seed)
 
     def _criterion(self) -> WeightedKDLoss:
-        return WeightedKDLoss(MetaWeightNet(), temperature=self.protocol.temperature)
+        weight_net = MetaWeightNet(mean=self._mean)
+        return WeightedKDLoss(weight_net, temperature=self.protocol.temperature)
 
 
 class BiKD(Method):
@@ -63,16 +71,10 @@ class BiKD(Method):
         soft: "kl" or "dkd".
         meta: "held-out" for the meta set, "resampled" for class-balanced batches of the training
             set, which needs no extra data.
-        start: share of the epochs with both weights one half, before the weight net takes over.
-        every, unroll, accumulate, meta_loss: of BilevelOptimizer.
-        meta_mode: "train" or "eval", the student's mode for the meta loss.
+        every, unroll, meta_loss: of BilevelOptimizer.
         meta_lr: rate of the weight net's Adam.
-        meta_schedule: "constant", or "cosine" for a rate that falls to zero over the run.
-        average: decay of an exponential average of the weight net over its steps; the student is
-            trained with the average's weights. 0 for the net itself.
         scale: the weights' upper bound; they begin near the middle.
-        floor: the weights' lower bound.
-        mean, ratio: of MetaWeightNet, in place of these bounds; 0 for weights without a fixed mean.
+        mean, ratio: of MetaWeightNet, in place of the bound; 0 for weights without a fixed mean.
         features: of MetaWeightNet, joined by "+"; "frequency" is the log frequency of the label.
         with_meta: how often the meta set is in the training set too.
         debias: 1 for a teacher without its ``prior_bias``.
@@ -90,17 +92,11 @@ class BiKD(Method):
         hard: str = "ce",
         soft: str = "kl",
         meta: str = "held-out",
-        start: float = 0.0,
         every: int = 1,
         unroll: int = 1,
-        accumulate: int | None = None,
         meta_loss: str | None = None,
-        meta_mode: str = "train",
         meta_lr: float = 1e-3,
-        meta_schedule: str = "constant",
-        average: float = 0.0,
         scale: float = 1.0,
-        floor: float = 0.0,
         mean: float = 0.0,
         ratio: float = math.inf,
         features: str = "student_ce+teacher_ce",
@@ -111,61 +107,46 @@ class BiKD(Method):
         self.meta_copies = with_meta
         few_classes = task.num_classes <= 10
         as_authors = method == "paper" and soft == "kl"
-        self.start = start
         self.meta_source = meta
         self.options = {
             "method": method,
             "every": every,
             "unroll": unroll,
-            "accumulate": accumulate or (5 if method == "paper" and not few_classes else 1),
+            "accumulate": 5 if method == "paper" and not few_classes else 1,
             "meta_loss": meta_loss or ("mix" if as_authors and few_classes else "hard"),
         }
-        self._meta_forward = _in_eval_mode if meta_mode == "eval" else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             own = {"frequency": LogFrequency(self.counts)}
             seen = tuple(own.get(name, name) for name in features.split("+"))
             hidden = (64,) if few_classes else (64, 64)
             if mean:
-                self.weight_net = MetaWeightNet(seen, hidden, mean=mean, ratio=ratio)
+                weight_net = MetaWeightNet(seen, hidden, mean=mean, ratio=ratio)
             else:
-                self.weight_net = _Bounded(floor, scale, seen, hidden)
+                weight_net = _Scaled(scale, seen, hidden)
         self._meta_optimizer = torch.optim.Adam(
-            self.weight_net.parameters(), lr=meta_lr, weight_decay=1e-4
+            weight_net.parameters(), lr=meta_lr, weight_decay=1e-4
         )
-        self._meta_lr = meta_lr
-        self._meta_schedule = meta_schedule
-        if average:
-            self.weight_net = _Averaged(self.weight_net, average)
-            self._meta_optimizer.register_step_post_hook(self.weight_net.update)
-        losses = {
-            "temperature": protocol.temperature,
-            "hard_loss": BalancedSoftmax(self.counts) if hard == "bs" else None,
-            "soft_loss": DecoupledKD(temperature=protocol.temperature) if soft == "dkd" else None,
-        }
-        self._plain = WeightedKDLoss(None, **losses)
-        self._weighted = WeightedKDLoss(self.weight_net, **losses)
-        self.criterion: WeightedKDLoss | None = None
+        self.criterion = WeightedKDLoss(
+            weight_net,
+            temperature=protocol.temperature,
+            hard_loss=BalancedSoftmax(self.counts) if hard == "bs" else None,
+            soft_loss=DecoupledKD(temperature=protocol.temperature) if soft == "dkd" else None,
+        )
 
     def loss(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, progress: float
     ) -> Tensor:
-        if self._meta_schedule == "cosine":
-            for group in self._meta_optimizer.param_groups:
-                group["lr"] = self._meta_lr * (1 + math.cos(math.pi * progress)) / 2
-        criterion = self.criterion or self._plain
-        return criterion(student_logits, teacher_logits, targets)
+        return self.criterion(student_logits, teacher_logits, targets)
 
     def wrap(self, optimizer: Optimizer, student: nn.Module, meta: MetaBatches) -> Optimizer:
-        self.criterion = self._weighted
         return BilevelOptimizer(
             optimizer,
             student,
-            self._weighted,
+            self.criterion,
             meta,
             teacher=meta.teacher,
             meta_optimizer=self._meta_optimizer,
-            meta_forward=self._meta_forward,
             **self.options,
         )
 
@@ -175,42 +156,12 @@ class BiKD(Method):
                 group["lr"] *= 0.8
 
 
-def _in_eval_mode(student: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    inputs, targets = batch
-    student.eval()
-    try:
-        return student(inputs), targets
-    finally:
-        student.train()
+class _Scaled(MetaWeightNet):
+    """A weight net whose weights lie between 0 and `scale`."""
 
-
-class _Averaged(nn.Module):
-    """A weight net seen through an exponential average of itself; its gradients reach the net."""
-
-    def __init__(self, net: MetaWeightNet, decay: float) -> None:
-        super().__init__()
-        self.net = net
-        self.features = net.features
-        self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.average.requires_grad_(False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        weights = self.net(features)
-        with torch.no_grad():
-            difference = self.average(features) - weights
-        return weights + difference
-
-    def update(self, *_: Any) -> None:
-        self.average.update_parameters(self.net)
-
-
-class _Bounded(MetaWeightNet):
-    """A weight net whose weights lie between two bounds."""
-
-    def __init__(self, low: float, high: float, *args: Any) -> None:
+    def __init__(self, scale: float, *args: Any) -> None:
         super().__init__(*args)
-        self._low = low
-        self._high = high
+        self._scale = scale
 
     def forward(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
-        return self._low + (self._high - self._low) * super().forward(features, kept)
+        return self._scale * super().forward(features, kept)
