@@ -299,3 +299,62 @@ def test_what_cannot_work_is_refused_in_one_sentence(what):
 def test_an_unknown_unit_of_weights_is_refused():
     with pytest.raises(ValueError, match="'position' or 'sequence'"):
         WeightedKDLoss(per="token")
+
+
+def test_hugging_face_divides_by_the_items_of_all_micro_batches(tmp_path, monkeypatch):
+    """Two micro-batches of different numbers of tokens are one batch of both."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from kd_balance.integrations.huggingface import BilevelTrainer
+
+    class DistillationTrainer(BilevelTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+            teacher = teacher_of(inputs["input_ids"][:, :-1])
+            return self.criterion(logits, teacher, inputs["labels"][:, 1:]) / num_items_in_batch
+
+    def teacher_of(tokens):
+        return 3 * torch.eye(WORDS, dtype=torch.float64)[(tokens + 1) % WORDS]
+
+    def student():
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=WORDS, n_embd=4, n_layer=1, n_head=1, n_positions=LENGTH, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+        )).double()
+
+    tokens = torch.randint(WORDS, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = tokens.masked_fill(torch.arange(LENGTH) >= torch.tensor([[6], [5], [2], [3]]), -100)
+    labels[:, 0] = -100  # which is no target, and Trainer counts it
+    rows = [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels)]
+    meta = [{"input_ids": tokens, "labels": labels}]
+    settings = {"every": 1, "unroll": 1}
+
+    torch.manual_seed(3)
+    criterion = WeightedKDLoss(MetaWeightNet().double(), reduction="sum")
+    trainer = DistillationTrainer(
+        student(),
+        transformers.TrainingArguments(
+            output_dir=tmp_path, use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd",
+            learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0, save_strategy="no",
+            train_sampling_strategy="sequential",
+        ),
+        train_dataset=rows, criterion=criterion, meta_loader=meta, bilevel=settings,
+    )
+    trainer.train()
+
+    model = student()
+    torch.manual_seed(3)
+    whole = WeightedKDLoss(MetaWeightNet().double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = BilevelOptimizer(optimizer, model, whole, meta, **settings)
+    logits = model(input_ids=tokens).logits[:, :-1]
+    whole(logits, teacher_of(tokens[:, :-1]), labels[:, 1:]).backward()
+    optimizer.step()
+    torch.testing.assert_close(
+        [*trainer.model.parameters()], [*model.parameters()], rtol=1e-9, atol=1e-12
+    )
+    found = [[p.grad for p in c.phi] for c in (criterion, whole)]
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-12)
