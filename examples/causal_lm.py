@@ -1,7 +1,7 @@
 """Distil a causal language model on texts of four domains, some of which are rare.
 
 The texts come with Python: the help on the language, and the source code of asyncio, email and xml,
-100 : 30 : 10 : 3 pieces of 48 words. A decoder teaches one that is a seventh of its size. The weight
+100 : 30 : 10 : 3 pieces of 48 words. A decoder teaches one an eighth of its size. The weight
 net gives every sequence its own two weights, by its mean losses and by how frequent its domain is;
 the loop gives that to the criterion. In the meta set all domains are equally frequent; all students
 train on it too. Words outside the vocabulary are read, and not predicted.

@@ -108,3 +108,38 @@ def test_the_hypergradient_is_the_finite_difference(engine, unroll, sparse):
 
     expected = (4 * difference(1e-3) - difference(2e-3)) / 3
     assert (hypergradient * direction).sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_base_in_bfloat16_under_adapters_in_float32():
+    """Nearly the hypergradient of the same base in float32."""
+    found = []
+    for base in (torch.bfloat16, torch.float32):
+        model = student().to(torch.bfloat16)
+        for name, param in model.named_parameters():
+            param.data = param.data.to(torch.float32 if param.requires_grad else base)
+        base_model = model.get_base_model()
+        assert base_model.lm_head.weight is base_model.transformer.wte.weight  # tied
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {torch.float32}
+        before = [p.clone() for p in model.parameters() if not p.requires_grad]
+        criterion = WeightedKDLoss(Table().float(), temperature=2.0)
+        generator = torch.Generator().manual_seed(1)
+        steps, meta = [draw(generator) for _ in range(2)], draw(generator)
+        optimizer = BilevelOptimizer(
+            torch.optim.SGD(trained, lr=0.5, momentum=0.9), model, criterion, [meta],
+            unroll=2, every=2,
+        )
+        for batch in steps:
+            teacher = 3 * torch.randn(BATCH, LENGTH, WORDS, generator=generator)
+            optimizer.zero_grad()
+            given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            logits = model(**given).logits
+            criterion(logits[:, :-1], teacher[:, :-1], batch["labels"][:, 1:]).backward()
+            optimizer.step()
+        assert optimizer.metrics["meta_updates"] == 1
+        assert optimizer.metrics["skipped_updates"] == 0
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        torch.testing.assert_close(frozen, before, rtol=0, atol=0)
+        found.append(criterion.weight_net.weights.grad)
+    coarse, fine = found
+    assert ((coarse - fine).norm() / fine.norm()).item() < 0.1
