@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kd_balance import BilevelOptimizer, WeightedKDLoss
+from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.soft_losses import GeneralizedJSD
 from kd_balance.top_k import TopK
 
@@ -143,3 +143,51 @@ def test_a_base_in_bfloat16_under_adapters_in_float32():
         found.append(criterion.weight_net.weights.grad)
     coarse, fine = found
     assert ((coarse - fine).norm() / fine.norm()).item() < 0.1
+
+
+class Adapted(nn.Module):
+    """Two frozen layers with adapters, one behind the other."""
+
+    def __init__(self, layers):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.ModuleList(layers)
+        self.down = nn.ModuleList(nn.Linear(64, 2, bias=False) for _ in layers)
+        self.up = nn.ModuleList(nn.Linear(2, 64, bias=False) for _ in layers)
+
+    def forward(self, inputs):
+        for base, down, up in zip(self.base, self.down, self.up):
+            inputs = torch.tanh(base(inputs) + up(down(inputs)))
+        return inputs
+
+
+@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
+def test_a_base_of_four_bits_is_that_of_the_weights_that_it_stands_for(engine):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    quantised = [
+        bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32).to("cpu")
+        for _ in range(2)
+    ]
+    plain = [nn.Linear(64, 64, bias=False) for _ in quantised]
+    for layer, stored in zip(plain, quantised):
+        weight = bitsandbytes.functional.dequantize_4bit(stored.weight, stored.weight.quant_state)
+        layer.weight.data.copy_(weight)
+    found = []
+    for layers in (quantised, plain):
+        model = Adapted(layers)
+        model.base.requires_grad_(False)
+        criterion = WeightedKDLoss(MetaWeightNet())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        draws = [torch.randn(8, 64, generator=generator) for _ in range(5)]
+        labels = torch.randint(64, (8,), generator=generator)
+        optimizer = BilevelOptimizer(
+            torch.optim.SGD(trained, lr=1.0, momentum=0.9), model, criterion, [(draws[4], labels)],
+            engine=engine, unroll=2, every=2,
+        )
+        for inputs, teacher in (draws[:2], draws[2:4]):
+            optimizer.zero_grad()
+            criterion(model(inputs), teacher, labels).backward()
+            optimizer.step()
+        found.append(torch.cat([p.grad.flatten() for p in criterion.phi]))
+    assert ((found[0] - found[1]).norm() / found[1].norm()).item() < 1e-5
