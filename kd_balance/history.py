@@ -299,7 +299,8 @@ class WeightHistory:
             return
         call = dict(zip(("student_logits", "teacher_logits", "targets"), args)) | kwargs
         targets = call["targets"]
-        classes = call["student_logits"].shape[criterion.class_dim]
+        class_dim = criterion.class_dim_of(call["student_logits"], targets)
+        classes = call["student_logits"].shape[class_dim]
         if self._num_classes is None:
             self._num_classes = classes
             self._fetched = torch.zeros(0, classes, 1 + len(self._names))
@@ -309,7 +310,7 @@ class WeightHistory:
                 "WeightHistory that num_classes, or none."
             )
         if targets.is_floating_point():
-            labels = targets.argmax(criterion.class_dim).flatten()
+            labels = targets.argmax(class_dim).flatten()
             kept = torch.ones_like(labels, dtype=torch.bool)
         else:
             labels = targets.flatten().long()

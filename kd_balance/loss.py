@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_balance.chunks import by_chunks, is_large
 from kd_balance.hard_losses import BalancedSoftmax, cross_entropy
+from kd_balance.sequences import Sequences
 from kd_balance.soft_losses import temperature_kl
 from kd_balance.teacher_bias import prior_bias
 from kd_balance.terms import (
@@ -26,7 +27,13 @@ from kd_balance.terms import (
 )
 from kd_balance.top_k import TopK, dense
 from kd_balance.torch_private import tree_map
-from kd_balance.weight_net import DEFAULT_FEATURES, LogFrequency, MetaWeightNet, compute_features
+from kd_balance.weight_net import (
+    DEFAULT_FEATURES,
+    LogFrequency,
+    MetaWeightNet,
+    compute_features,
+    given_columns,
+)
 
 HardLoss = Callable[[Tensor, Tensor], Tensor]
 SoftLoss = Callable[..., Tensor]
@@ -80,9 +87,12 @@ class WeightedKDLoss(nn.Module):
             the losses themselves, as for terms that draw random numbers or change by being called.
         reduction: "mean" over the samples that are not ignored, "sum", or "none" (one value for
             each position, 0 where ignored).
-        class_dim: the dimension of the logits that holds the classes; −1 for the
-            [N, length, C] of language models.
+        class_dim: the dimension of the logits that holds the classes, 1 for [N, C, d1, …] and −1
+            for the [N, length, C] of language models. None finds it by the targets' shape, and
+            refuses where that leaves two.
         ignore_index: the class index of positions that weigh nothing and are not counted.
+        per: what has weights of its own: "position", a token for example, or "sequence". The
+            weight net is then given each sequence's mean of a feature over what counts.
 
     Raises:
         ValueError: an argument out of its range.
@@ -114,8 +124,9 @@ class WeightedKDLoss(nn.Module):
         teachers: Sequence[str] | None = None,
         terms: Mapping[str, Term | None] | None = None,
         reduction: str = "mean",
-        class_dim: int = 1,
+        class_dim: int | None = None,
         ignore_index: int = -100,
+        per: str = "position",
     ) -> None:
         super().__init__()
         if weight_net is not None and not isinstance(weight_net, nn.Module):
@@ -127,6 +138,8 @@ class WeightedKDLoss(nn.Module):
             raise ValueError(f"temperature is {temperature}, expected a number above 0.")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
+        if per not in ("position", "sequence"):
+            raise ValueError(f"per is {per!r}, expected 'position' or 'sequence'.")
         self.names = term_names(teachers, terms)
         """Of the terms, in the order of the weights."""
         own = getattr(weight_net, "terms", self.names)
@@ -150,6 +163,7 @@ class WeightedKDLoss(nn.Module):
         self.reduction = reduction
         self.class_dim = class_dim
         self.ignore_index = ignore_index
+        self.per = per
         self.class_counts: Tensor | Sequence[int] | None = None
         self.register_buffer("teacher_bias", None)
         self._fixed_weights: tuple[float, ...] = ()
@@ -185,8 +199,8 @@ class WeightedKDLoss(nn.Module):
                 (hard weight, soft weight), or one for each of more `terms`. The size of all of them
                 together is the data's, as a learning rate is: give the one that you would train
                 with.
-            **settings: ``soft_loss``, ``terms``, ``reduction``, ``class_dim`` and
-                ``ignore_index``, as for the class.
+            **settings: ``soft_loss``, ``terms``, ``reduction``, ``class_dim``, ``ignore_index`` and
+                ``per``, as for the class.
 
         Returns:
             The criterion, to be called with raw teacher logits.
@@ -265,6 +279,9 @@ class WeightedKDLoss(nn.Module):
         student_logits: Tensor,
         teacher_logits: Teacher | Mapping[str, Teacher],
         targets: Tensor,
+        *,
+        sequences: Tensor | None = None,
+        given: Mapping[str, Tensor] | None = None,
         **terms: Any,
     ) -> Tensor:
         """The weighted loss of a batch.
@@ -278,6 +295,11 @@ class WeightedKDLoss(nn.Module):
                 logits. With several teachers a mapping of these by name.
             targets: class indices, the shape of the logits without the class dimension, or class
                 probabilities, the shape of the logits.
+            sequences: int64 of the shape of class indices, another number than before where a
+                sequence begins: of packed ones, or of flattened logits. By default [N, length] are
+                N sequences.
+            given: the loop's own features by name, which the weight net sees as ``given.name``; of
+                the shape of class indices, or one for each of the N, [N].
             **terms: for each of `terms` what it is called with.
 
         Returns:
@@ -292,12 +314,7 @@ class WeightedKDLoss(nn.Module):
             losses, kept = self._losses(flat, terms)
             self._last_losses = losses.detach()
             if self.weight_net is not None:
-                features = self._feature_names()
-                named = [i for i, name in enumerate(self.names) if name in features]
-                seen = {self.names[i]: self._last_losses[:, i] for i in named}
-                self._features = compute_features(
-                    features, flat.student, self._teacher_of(flat), flat.targets, seen
-                )
+                self._features = self._look(flat, kept, sequences, given or {})
             self._kept = kept
             with torch.no_grad():
                 weights = self.weigh(self._features, losses, kept)
@@ -445,10 +462,11 @@ class WeightedKDLoss(nn.Module):
                 f"student_logits have shape {tuple(student.shape)}, expected [N, C] or "
                 "[N, C, d1, …]."
             )
+        class_dim = self.class_dim_of(student, targets)
         teachers, masks = self._by_name(teacher)
         for logits in teachers.values():
             if isinstance(logits, TopK):
-                logits.check_shape(student.shape, self.class_dim)
+                logits.check_shape(student.shape, class_dim)
             elif logits.shape != student.shape:
                 raise ValueError(
                     f"teacher_logits have shape {tuple(logits.shape)}, expected that of "
@@ -456,7 +474,7 @@ class WeightedKDLoss(nn.Module):
                     "classes and positions."
                 )
         by_position = list(student.shape)
-        classes = by_position.pop(self.class_dim)
+        classes = by_position.pop(class_dim)
         positions = torch.Size(by_position)
         probabilities = targets.is_floating_point()
         expected = student.shape if probabilities else positions
@@ -464,14 +482,13 @@ class WeightedKDLoss(nn.Module):
             kind = "probabilities" if probabilities else "indices"
             raise ValueError(
                 f"targets (class {kind}) have shape {tuple(targets.shape)}, expected "
-                f"{tuple(expected)} for logits {tuple(student.shape)} with class_dim="
-                f"{self.class_dim}."
+                f"{tuple(expected)} for logits {tuple(student.shape)} with class_dim={class_dim}."
             )
         check_labels("targets", targets, classes, self.ignore_index)
 
-        student_rows = self._rows(student)
+        student_rows = _rows(student, class_dim)
         dtype = student_rows.dtype
-        teacher_rows = {name: self._teacher_rows(t, dtype) for name, t in teachers.items()}
+        teacher_rows = {n: _teacher_rows(t, class_dim, dtype) for n, t in teachers.items()}
         if self.teacher_bias is not None:
             if len(self.teacher_bias) != classes:
                 raise ValueError(
@@ -482,7 +499,7 @@ class WeightedKDLoss(nn.Module):
             teacher_rows["soft"] = _unbiased(teacher_rows["soft"], self.teacher_bias)
         known = {name: mask(name, there, positions) for name, there in masks.items()}
         if probabilities:
-            kept, labels = None, self._rows(targets).to(dtype)
+            kept, labels = None, _rows(targets, class_dim).to(dtype)
         else:
             labels = _row(targets)
             kept = labels != self.ignore_index
@@ -491,17 +508,34 @@ class WeightedKDLoss(nn.Module):
             teacher_rows[name] = _where_known(rows, known.get(name), kept, classes)
         return _Flat(student_rows, teacher_rows, labels, kept, known, positions)
 
-    def _rows(self, tensor: Tensor) -> Tensor:
-        """[N, …] out of a tensor whose class dimension that is."""
-        tensor = _wide(tensor)
-        if tensor.dim() == 2 and self.class_dim in (1, -1):
-            return tensor
-        return tensor.movedim(self.class_dim, -1).reshape(-1, tensor.shape[self.class_dim])
+    def class_dim_of(self, logits: Tensor, targets: Tensor) -> int:
+        """The dimension that holds the classes: `class_dim`, or the one that targets lack.
 
-    def _teacher_rows(self, logits: Logits, dtype: torch.dtype) -> Logits:
-        if isinstance(logits, TopK):
-            return TopK(self._rows(logits.log_probs.detach()).to(dtype), self._rows(logits.indices))
-        return self._rows(logits.detach()).to(dtype)
+        Args:
+            logits: as for the call, the student's or a teacher's.
+            targets: the labels that belong to them.
+
+        Raises:
+            ValueError: none or several may be it.
+        """
+        if self.class_dim is not None or logits.dim() < 3:
+            return 1 if self.class_dim is None else self.class_dim
+        shape = list(logits.shape)
+        several = list(range(1, logits.dim()))
+        if not targets.is_floating_point():
+            several = [i for i in several if [*shape[:i], *shape[i + 1:]] == list(targets.shape)]
+        if len(several) == 1:
+            return several[0] if several[0] < logits.dim() - 1 else -1
+        if not several:
+            raise ValueError(
+                f"targets (class indices) have shape {tuple(targets.shape)}, expected that of the "
+                f"logits, {tuple(logits.shape)}, without the classes: cut both alike."
+            )
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} may have their classes in dimension "
+            f"{' or '.join(map(str, several))} by targets of shape {tuple(targets.shape)}, expected"
+            " to know: give WeightedKDLoss class_dim=-1 for language models, 1 for [N, C, d1, …]."
+        )
 
     def _by_name(
         self, teacher: Teacher | Mapping[str, Teacher]
@@ -522,6 +556,28 @@ class WeightedKDLoss(nn.Module):
             if isinstance(logits, tuple) and not isinstance(logits, TopK):
                 given[name], masks[name] = logits
         return given, masks
+
+    def _look(
+        self,
+        flat: _Flat,
+        kept: Tensor | None,
+        sequences: Tensor | None,
+        given: Mapping[str, Tensor],
+    ) -> Tensor:
+        """[N, F], what the weight net is to see."""
+        features, losses = self._feature_names(), self._last_losses
+        assert losses is not None
+        named = [i for i, name in enumerate(self.names) if name in features]
+        seen = {self.names[i]: losses[:, i] for i in named}
+        seen |= given_columns(features, given, flat.positions, losses)
+        within = None
+        if self.per == "sequence" or "position" in features:
+            within = Sequences.of(flat.positions, sequences, losses.device)
+            seen["position"] = within.place.to(losses.dtype).log1p()
+        found = compute_features(
+            features, flat.student, self._teacher_of(flat), flat.targets, seen
+        )
+        return within.mean(found, kept) if within and self.per == "sequence" else found
 
     def _feature_names(self) -> Sequence[Any]:
         features = getattr(self.weight_net, "features", None)
@@ -594,7 +650,7 @@ class WeightedKDLoss(nn.Module):
     def _positions(self, targets: Tensor) -> list[int]:
         shape = list(targets.shape)
         if targets.is_floating_point():
-            shape.pop(self.class_dim)
+            shape.pop(1 if self.class_dim is None else self.class_dim)
         return shape
 
 
@@ -640,6 +696,21 @@ def check_labels(name: str, labels: Tensor, classes: int, ignore_index: int) -> 
             f"{name} hold the class {int(wrong[0])}, expected 0 to {classes - 1}, or the "
             f"ignore_index, {ignore_index}: relabel it, or give the logits that class."
         )
+
+
+def _rows(tensor: Tensor, class_dim: int) -> Tensor:
+    """[N, …] out of a tensor whose class dimension that is."""
+    tensor = _wide(tensor)
+    if tensor.dim() == 2 and class_dim in (1, -1):
+        return tensor
+    return tensor.movedim(class_dim, -1).reshape(-1, tensor.shape[class_dim])
+
+
+def _teacher_rows(logits: Logits, class_dim: int, dtype: torch.dtype) -> Logits:
+    if isinstance(logits, TopK):
+        log_probs = _rows(logits.log_probs.detach(), class_dim).to(dtype)
+        return TopK(log_probs, _rows(logits.indices, class_dim))
+    return _rows(logits.detach(), class_dim).to(dtype)
 
 
 def _row(labels: Tensor) -> Tensor:

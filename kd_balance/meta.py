@@ -240,7 +240,7 @@ class MetaObjective:
             with suppress(RuntimeError, IndexError, ValueError):  # of sizes that do not fit
                 made = function(teacher_logits)
                 teacher_logits = made if made.shape == logits.shape else teacher_logits
-        samples = logits.movedim(self._criterion.class_dim, -1).shape[:-1]
+        samples = logits.movedim(training.class_dim, -1).shape[:-1]
         if targets.is_floating_point() or targets.shape == samples:
             return logits, teacher_logits, targets
         given = leaves_of((training.student_call.args, training.student_call.kwargs))
@@ -301,7 +301,7 @@ class MetaObjective:
                 else:
                     inputs, targets = batch, self._forward(self._student, batch)[1]
                 logits = self._teacher_logits(inputs)
-                _check_positions(logits, targets, self._criterion.class_dim)
+                _check_positions(logits, targets, self._criterion)
         return logits, targets.to(logits.device)
 
     def _teacher_logits(self, inputs: Any) -> Tensor:
@@ -336,8 +336,8 @@ class MetaObjective:
             return [output.logits]
         counts, dim = self._criterion.class_counts, self._criterion.class_dim
         leaves = [leaf for leaf in leaves_of(output) if isinstance(leaf, Tensor)]
-        matrices = [leaf for leaf in leaves if leaf.dim() == 2 or (leaf.dim() == 3 and dim == -1)]
-        return [leaf for leaf in matrices if counts is not None and leaf.shape[dim] == len(counts)]
+        matrices = [x for x in leaves if x.dim() == 2 or (x.dim() == 3 and dim in (-1, 2, None))]
+        return [x for x in matrices if counts is not None and x.shape[-1] == len(counts)]
 
     def _loss(self, logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
         criterion = self._criterion
@@ -348,9 +348,10 @@ class MetaObjective:
                 return self.kind(logits, targets)
             loss = logits.new_zeros(())
             if self.kind in ("hard", "mix"):
-                classes_second = logits.movedim(criterion.class_dim, 1)
+                class_dim = criterion.class_dim_of(logits, targets)
+                classes_second = logits.movedim(class_dim, 1)
                 if targets.is_floating_point():
-                    pair = (x.movedim(criterion.class_dim, -1) for x in (logits, targets))
+                    pair = (x.movedim(class_dim, -1) for x in (logits, targets))
                     loss = loss + cross_entropy(*(x.flatten(0, -2) for x in pair)).mean()
                 else:
                     loss = loss + F.cross_entropy(
@@ -378,14 +379,18 @@ _AS_LOOP = (
 )
 
 
-def _check_positions(teacher_logits: Tensor, targets: Tensor, class_dim: int) -> None:
+def _check_positions(teacher_logits: Tensor, targets: Tensor, criterion: WeightedKDLoss) -> None:
     shape = list(teacher_logits.shape)
     if len(shape) > 1 and not targets.is_floating_point():
-        shape.pop(class_dim)
+        dim = criterion.class_dim
+        if dim is None and len(shape) > 2:
+            with suppress(ValueError):
+                dim = criterion.class_dim_of(teacher_logits, targets)
+        shape.pop(1 if dim is None else dim)
     if shape != list(targets.shape):
         raise ValueError(
             f"teacher gave logits of shape {tuple(teacher_logits.shape)} for meta labels of shape "
-            f"{tuple(targets.shape)}, with class_dim={class_dim}, {_AS_LOOP}"
+            f"{tuple(targets.shape)}, {_AS_LOOP}"
         )
 
 

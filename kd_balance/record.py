@@ -112,6 +112,7 @@ class CriterionCall:
     recorded_losses: Tensor  # [N, K], detached
     result: Tensor  # what the criterion returned, detached
     classes: int
+    class_dim: int  # of the logits
     versions: list[tuple[str, Tensor, int]] = field(default_factory=list)
     """What a replay reads later, and the count of its in-place writes at the time of the call."""
     upstream: Tensor | None = None
@@ -533,14 +534,15 @@ class Recorder:
 
     def _criterion_call(
         self, result: Tensor, student_logits: Tensor, teacher_logits: Any, targets: Tensor,
-        **terms: Any,
-    ) -> CriterionCall:
+        *, sequences: Any = None, given: Any = None, **terms: Any,
+    ) -> CriterionCall:  # sequences and what is given are in the features
         features, losses = self._criterion.last_features, self._criterion.last_losses
         assert features is not None and losses is not None
         outputs: list[Output] = []
-        logits = self._logits_made_of(student_logits, outputs)
-        for name, given in terms.items():
-            terms[name] = tree_map(partial(self._given_to, name, outputs), given)
+        class_dim = self._criterion.class_dim_of(student_logits, targets)
+        logits = self._logits_made_of(student_logits, class_dim, outputs)
+        for name, value in terms.items():
+            terms[name] = tree_map(partial(self._given_to, name, outputs), value)
         for call in {id(output.call): output.call for output in outputs}.values():
             self._check_arguments(call)
         made = CriterionCall(
@@ -554,7 +556,8 @@ class Recorder:
             self._criterion.weights,
             losses,
             result,
-            student_logits.shape[self._criterion.class_dim],
+            student_logits.shape[class_dim],
+            class_dim,
         )
         made.note_versions()
         if not made.is_recorded:  # the logits' memory is the loop's to free
@@ -587,7 +590,7 @@ class Recorder:
                 return self._made_of(name, given, found, outputs)
         return _detached(given)
 
-    def _logits_made_of(self, logits: Tensor, outputs: list[Output]) -> Made:
+    def _logits_made_of(self, logits: Tensor, class_dim: int, outputs: list[Output]) -> Made:
         """How the logits were made of outputs of the student, which are added to those known."""
         found = self._outputs_within("student_logits", logits)
         if not found:
@@ -602,7 +605,7 @@ class Recorder:
             outputs.append(Output.of(call, self._to_logits, logits))
             return Made([len(outputs) - 1], Cast(logits.dtype), None)
         return self._made_of(
-            "student_logits", logits, found, outputs, class_dim=self._criterion.class_dim
+            "student_logits", logits, found, outputs, class_dim=class_dim
         )
 
     def _made_of(

@@ -11,7 +11,10 @@ from torch import Tensor
 Term = Callable[..., Any]
 """What the loop gives -> [N], or a scalar for the batch, or ([N], bool [N]: who has it)."""
 
-_TAKEN = ("hard", "soft", "student_logits", "teacher_logits", "targets", "step", "count")
+_TAKEN = (
+    "hard", "soft", "student_logits", "teacher_logits", "targets", "sequences", "given", "step",
+    "count",
+)
 
 
 def term_names(

@@ -38,6 +38,7 @@ def _margin(logits: Tensor, targets: Tensor) -> Tensor:
 FEATURES: dict[str, Feature] = {
     "student_ce": lambda s, t, y: cross_entropy(s, y),
     "teacher_ce": lambda s, t, y: cross_entropy(t, y).clamp(max=100.0),
+    "teacher_probability": lambda s, t, y: cross_entropy(t, y).neg().exp(),
     "kl": lambda s, t, y: _kl(s, t),
     "student_entropy": lambda s, t, y: _entropy(s),
     "teacher_entropy": lambda s, t, y: _entropy(t),
@@ -47,13 +48,18 @@ FEATURES: dict[str, Feature] = {
 """Per-sample features by name, all at temperature 1 and in nats.
 
 - ``student_ce``, ``teacher_ce``: cross entropy with the label
+- ``teacher_probability``: what the teacher gives the label, from 0 to 1
 - ``kl``: KL(teacher ‖ student)
 - ``student_entropy``, ``teacher_entropy``: entropy of the prediction
 - ``student_margin``, ``teacher_margin``: logit of the label minus the largest other logit
 
 A teacher whose probability of the label is 0 counts as 100 nats away from it.
+
+The criterion knows more: ``position``, the logarithm of 1 + the number of positions before this one
+in its sequence; ``given.name``, what the loop gives by that name; and the loss of every term.
 """
 
+_GIVEN = "given."
 DEFAULT_FEATURES = ("student_ce", "teacher_ce")
 
 
@@ -96,7 +102,7 @@ def compute_features(
     student_logits: Tensor,
     teacher_logits: Tensor | TopK | Mapping[str, Tensor | TopK],
     targets: Tensor,
-    losses: Mapping[str, Tensor] = MappingProxyType({}),
+    known: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """The features of every sample, detached.
 
@@ -106,7 +112,7 @@ def compute_features(
         student_logits: [N, C].
         teacher_logits: [N, C], or its largest; or several by name.
         targets: class indices [N] or class probabilities [N, C].
-        losses: [N] by the terms' names.
+        known: [N] by name, features that are there already.
 
     Returns:
         [N, len(features)].
@@ -120,8 +126,8 @@ def compute_features(
         for feature in features:
             if not isinstance(feature, str):
                 column = feature(student_logits, _of_all(teacher_logits, classes), targets)
-            elif feature in losses:
-                column = losses[feature]
+            elif feature in known:
+                column = known[feature]
             else:
                 teacher: Any = teacher_logits
                 name, _, last = feature.rpartition(".")
@@ -135,6 +141,45 @@ def compute_features(
                 )
             columns.append(column)
         return torch.stack(columns, dim=1)
+
+
+def given_columns(
+    features: Sequence[str | Feature],
+    given: Mapping[str, Tensor],
+    positions: torch.Size,
+    like: Tensor,
+) -> dict[str, Tensor]:
+    """The features that the loop gives, [N] by the names that they have in `features`.
+
+    Args:
+        features: that the weight net sees.
+        given: by name, of the shape of the positions or one for each of the first dimension.
+        positions: their shape, of N elements.
+        like: of the dtype and the device to be.
+
+    Raises:
+        ValueError: one is missing, or has another shape.
+    """
+    columns = {}
+    for feature in features:
+        if not isinstance(feature, str) or not feature.startswith(_GIVEN):
+            continue
+        name = feature.removeprefix(_GIVEN)
+        if name not in given:
+            raise ValueError(
+                f"feature {feature!r} is not among what the call was given, {sorted(given)}, "
+                f"expected the loop to give it: criterion(…, given={{{name!r}: …}})."
+            )
+        value = given[name]
+        if value.shape not in (positions, positions[:1]):
+            raise ValueError(
+                f"given[{name!r}] has shape {tuple(value.shape)}, expected {tuple(positions)} or "
+                f"{tuple(positions[:1])}: one number for each position, or for each of the batch."
+            )
+        value = value.detach().to(like.device, like.dtype)
+        missing = len(positions) - value.dim()
+        columns[feature] = value[(..., *[None] * missing)].expand(positions).reshape(-1)
+    return columns
 
 
 def _of_rows(feature: str) -> Callable[..., Tensor]:
@@ -162,6 +207,8 @@ def _of_teacher(name: str, feature: str, teachers: Any, student: Tensor) -> Tens
 
 
 def _is_known(feature: str, teachers: Sequence[str]) -> bool:
+    if feature == "position" or feature.startswith(_GIVEN):
+        return True
     name, _, feature = feature.rpartition(".")
     return feature in FEATURES and (not name or name in teachers)
 
@@ -173,7 +220,8 @@ class MetaWeightNet(nn.Module):
         features: what it sees of a sample: names in :data:`kd_balance.weight_net.FEATURES`, or
             callables ``(student_logits [N, C], teacher_logits [N, C], targets) -> [N]`` such as
             :class:`LogFrequency`. Those that are modules become part of the net. The name of a
-            term is its loss; with several teachers ``large.kl`` is the kl of the one named so.
+            term is its loss; with several teachers ``large.kl`` is the kl of the one named so;
+            ``position`` and ``given.name`` are explained there.
         hidden: widths of the hidden layers, tanh between them.
         mean: the weights that all samples begin with, one for each term, or a number for
             all. The average over the samples and the terms stays what it is at the start:

@@ -77,7 +77,7 @@ class Lab:
 
     def teacher_logits(self, count=9):
         draw = 3 * torch.randn(count, *self.places, CLASSES, generator=self.generator)
-        return draw.movedim(-1, self.criterion.class_dim).to(self.device, self.dtype)
+        return draw.movedim(-1, (self.criterion.class_dim or 1)).to(self.device, self.dtype)
 
     def batches(self, steps, count=9):
         for _ in range(steps):
@@ -114,7 +114,7 @@ class Lab:
         inputs, labels = self.meta[0]
         with torch.no_grad():
             logits = self.call(self.student, inputs).double()
-            logits = logits.movedim(self.criterion.class_dim, 1)
+            logits = logits.movedim((self.criterion.class_dim or 1), 1)
             return F.cross_entropy(
                 logits, labels, ignore_index=self.criterion.ignore_index
             ).item()

@@ -199,7 +199,7 @@ def test_a_batch_of_ignored_positions_gives_zero():
 )
 def test_one_hot_probabilities_are_class_indices(features):
     student, teacher, labels = batch(4, 3)
-    criterion = WeightedKDLoss(MetaWeightNet(features))
+    criterion = WeightedKDLoss(MetaWeightNet(features), class_dim=1)
     probabilities = F.one_hot(labels, 5).movedim(-1, 1).float()
     torch.testing.assert_close(
         criterion(student, teacher, probabilities), criterion(student, teacher, labels)
@@ -264,6 +264,7 @@ def test_features_are_what_they_are_called():
     expected = {
         "student_ce": -q[y].log(),
         "teacher_ce": -p[y].log(),
+        "teacher_probability": p[y],
         "kl": (p * (p / q).log()).sum(),
         "student_entropy": -(q * q.log()).sum(),
         "teacher_entropy": -(p * p.log()).sum(),

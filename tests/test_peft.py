@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kd_balance import BilevelOptimizer, WeightedKDLoss
+from kd_balance import BilevelOptimizer, MetaWeightNet, WeightedKDLoss
 from kd_balance.soft_losses import GeneralizedJSD
 from kd_balance.top_k import TopK
 
@@ -108,3 +108,86 @@ def test_the_hypergradient_is_the_finite_difference(engine, unroll, sparse):
 
     expected = (4 * difference(1e-3) - difference(2e-3)) / 3
     assert (hypergradient * direction).sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_base_in_bfloat16_under_adapters_in_float32():
+    """Nearly the hypergradient of the same base in float32."""
+    found = []
+    for base in (torch.bfloat16, torch.float32):
+        model = student().to(torch.bfloat16)
+        for name, param in model.named_parameters():
+            param.data = param.data.to(torch.float32 if param.requires_grad else base)
+        base_model = model.get_base_model()
+        assert base_model.lm_head.weight is base_model.transformer.wte.weight  # tied
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {torch.float32}
+        before = [p.clone() for p in model.parameters() if not p.requires_grad]
+        criterion = WeightedKDLoss(Table().float(), temperature=2.0)
+        generator = torch.Generator().manual_seed(1)
+        steps, meta = [draw(generator) for _ in range(2)], draw(generator)
+        optimizer = BilevelOptimizer(
+            torch.optim.SGD(trained, lr=0.5, momentum=0.9), model, criterion, [meta],
+            unroll=2, every=2,
+        )
+        for batch in steps:
+            teacher = 3 * torch.randn(BATCH, LENGTH, WORDS, generator=generator)
+            optimizer.zero_grad()
+            given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            logits = model(**given).logits
+            criterion(logits[:, :-1], teacher[:, :-1], batch["labels"][:, 1:]).backward()
+            optimizer.step()
+        assert optimizer.metrics["meta_updates"] == 1
+        assert optimizer.metrics["skipped_updates"] == 0
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        torch.testing.assert_close(frozen, before, rtol=0, atol=0)
+        found.append(criterion.weight_net.weights.grad)
+    coarse, fine = found
+    assert ((coarse - fine).norm() / fine.norm()).item() < 0.1
+
+
+class Adapted(nn.Module):
+    """Two frozen layers with adapters, one behind the other."""
+
+    def __init__(self, layers):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.ModuleList(layers)
+        self.down = nn.ModuleList(nn.Linear(64, 2, bias=False) for _ in layers)
+        self.up = nn.ModuleList(nn.Linear(2, 64, bias=False) for _ in layers)
+
+    def forward(self, inputs):
+        for base, down, up in zip(self.base, self.down, self.up):
+            inputs = torch.tanh(base(inputs) + up(down(inputs)))
+        return inputs
+
+
+@pytest.mark.parametrize("engine", ["adjoint", "unroll"])
+def test_a_base_of_four_bits_is_that_of_the_weights_that_it_stands_for(engine):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    quantised = [
+        bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32).to("cpu")
+        for _ in range(2)
+    ]
+    plain = [nn.Linear(64, 64, bias=False) for _ in quantised]
+    for layer, stored in zip(plain, quantised):
+        weight = bitsandbytes.functional.dequantize_4bit(stored.weight, stored.weight.quant_state)
+        layer.weight.data.copy_(weight)
+    found = []
+    for layers in (quantised, plain):
+        model = Adapted(layers)
+        model.base.requires_grad_(False)
+        criterion = WeightedKDLoss(MetaWeightNet())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        draws = [torch.randn(8, 64, generator=generator) for _ in range(5)]
+        labels = torch.randint(64, (8,), generator=generator)
+        optimizer = BilevelOptimizer(
+            torch.optim.SGD(trained, lr=1.0, momentum=0.9), model, criterion, [(draws[4], labels)],
+            engine=engine, unroll=2, every=2,
+        )
+        for inputs, teacher in (draws[:2], draws[2:4]):
+            optimizer.zero_grad()
+            criterion(model(inputs), teacher, labels).backward()
+            optimizer.step()
+        found.append(torch.cat([p.grad.flatten() for p in criterion.phi]))
+    assert ((found[0] - found[1]).norm() / found[1].norm()).item() < 1e-5

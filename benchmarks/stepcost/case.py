@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_balance import MetaWeightNet
+from kd_balance.top_k import TopK
 from stepcost.models import MODELS
 
 TEMPERATURE = 4.0
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
-    teacher_logits: Tensor
+    teacher_logits: Tensor | TopK
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Case:
     classes: int = 100
     parameters: int | None = None
     unroll: int = 1
+    top_k: int | None = None
+    """How many classes are known of the teacher; None for all."""
+
     device: str = "cpu"
     dtype: str = "float32"
     """bfloat16 runs the forward passes under autocast, the parameters staying float32; float64
@@ -76,8 +80,11 @@ class Case:
             inputs = inputs.to(self._storage)
         if self.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        inputs, targets, logits = (t.to(self.device) for t in (inputs, targets, logits))
         logits = logits.to(self._storage)
-        return Batch(*(t.to(self.device) for t in (inputs, targets, logits)))
+        if self.top_k is None:
+            return Batch(inputs, targets, logits)
+        return Batch(inputs, targets, TopK(*logits.log_softmax(1).topk(self.top_k)))
 
     @property
     def _storage(self) -> torch.dtype:

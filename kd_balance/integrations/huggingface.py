@@ -27,6 +27,12 @@ class BilevelTrainer(Trainer):
             key ``labels``.
         bilevel: further settings of BilevelOptimizer, such as ``{"every": 5}``.
 
+    With ``reduction="sum"`` Trainer counts the labels of all micro-batches of a step, and
+    ``compute_loss`` is to divide by them: ``self.criterion(…) / num_items_in_batch``, for language
+    models whose micro-batches hold different numbers of tokens. For some models it counts the first
+    label too, which a shifted loss has no part of: make it −100. In several processes multiply by
+    ``self.accelerator.num_processes`` too, as Trainer does with losses of its own.
+
     Raises:
         ValueError, TypeError: what BilevelOptimizer refuses, when training begins.
 
@@ -58,9 +64,9 @@ class BilevelTrainer(Trainer):
         self.meta_loader = meta_loader
         self.bilevel = dict(bilevel or {})
         self.bilevel_optimizer: BilevelOptimizer | None = None
-        # The criterion's mean is over one micro-batch. Trainer takes a student that accepts
-        # **kwargs for one that divides by the number of items in all of them, and would not.
-        self.model_accepts_loss_kwargs = False
+        # A mean is over one micro-batch, and Trainer divides by their number; it takes a student
+        # that accepts **kwargs for one that divides by the items in all of them, and would not.
+        self.model_accepts_loss_kwargs = criterion.reduction == "sum"
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Trainer's own optimizer, wrapped; asked anew, the same one."""
