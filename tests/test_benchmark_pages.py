@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-NAMES = ("cpu.md", "snippets.md", "images.md", *(path.name for path in RESULTS.glob("two-lines*.md")))
-REPORTS = [(RESULTS / name).read_text() for name in NAMES]
+NAMES = ("cpu.md", "snippets.md", "images.md", "two-lines*.md")
+REPORTS = [path.read_text() for name in NAMES for path in RESULTS.glob(name)]
 
 
 def accuracies(text, begin, end):
