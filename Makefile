@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu clean
+.PHONY: help demo test site dist gpu clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,17 @@ test: $(READY)  ## lint, check the types, run the tests
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+site: $(READY)  ## build the documentation in build/site, links checked
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt ".[docs]"
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
+dist: $(READY)  ## build sdist and wheel in dist, and try both in bare environments
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt ".[dist]"
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	for file in dist/*; do PYTHON=$(PYTHON) sh docs/tools/try_release.sh $$file || exit 1; done
+
 gpu:  ## with this machine's python, download nothing: the CUDA tests, then the step-cost table
 	status=0; \
 	export PYTHONPATH=$(CURDIR):$$PYTHONPATH; \
@@ -26,7 +37,7 @@ gpu:  ## with this machine's python, download nothing: the CUDA tests, then the 
 	exit $$status
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was cut off starts over.
