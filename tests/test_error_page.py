@@ -26,7 +26,7 @@ def test_every_message_of_the_source_is_on_the_page_and_no_other():
     [
         ('raise ValueError(f"alpha is {a}, expected a number: give one.")', True),
         ('raise ours.UnlikeError("a reshape that " "merges classes")', True),
-        ('self._warn_once("Gradients were not cleared.")', True),
+        ('self._warnings.once("Gradients were not cleared.")', True),
         ('text = "the gradients differ by {error:.1g}, expected the same."', True),
         ('"""Raises what was expected of it."""', False),
         ('name = "no message at all"', False),
