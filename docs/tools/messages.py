@@ -17,7 +17,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/errors.md"
 # Their texts reach the user, alone or within another message.
-_SAYS = re.compile(r"(Error|Warning|warn|warnings\.once|Broken|Unlike|Untraceable|NotPlain|Report)$")
+_SAYS = re.compile(
+    r"(Error|Warning|warn|warnings\.once|Broken|Unlike|Untraceable|NotPlain|Report)$"
+)
 _ENTRY = re.compile(r'^- <a id="([\w-]+)"></a>(`+) ?(.*?) ?\2$', flags=re.MULTILINE)
 _LIST = re.compile(r"<!-- messages: (.*?) -->\n.*?<!-- end -->\n", flags=re.DOTALL)
 
