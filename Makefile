@@ -19,7 +19,7 @@ test: $(READY)  ## lint, check the types, run the tests
 
 site: $(READY)  ## build the documentation in build/site, links checked
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt ".[docs]"
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 dist: $(READY)  ## build sdist and wheel in dist, and try both in bare environments
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt ".[dist]"
