@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,9 @@ def test_wandb_offline(optimizer, tmp_path, monkeypatch):
     exec(line("Weights & Biases"), {"run": run, "step": 7, "optimizer": optimizer})
     run.finish()
     (kept,) = tmp_path.rglob("*.wandb")
+    until = time.monotonic() + 60  # its own process writes the file
+    while b"kd/meta_loss" not in kept.read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
     assert b"kd/meta_loss" in kept.read_bytes()
 
 
