@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage gpu clean
+.PHONY: help demo test coverage site dist gpu clean
 
 # pytest by as many workers as there are processors; a file's tests share what they prepare
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
@@ -23,6 +23,17 @@ test: $(READY)  ## lint, check the types, run the tests
 coverage: $(READY)  ## run the tests and list the branches that none takes
 	$(PYTEST) --cov
 
+site: $(READY)  ## build the documentation in build/site, links checked
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt ".[docs]"
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
+dist: $(READY)  ## build sdist and wheel in dist, and try both in bare environments
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt ".[dist]"
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	for file in dist/*; do PYTHON=$(PYTHON) sh docs/tools/try_release.sh $$file || exit 1; done
+
 gpu:  ## with this machine's python, download nothing: the CUDA tests, then the step-cost table
 	status=0; \
 	export PYTHONPATH=$(CURDIR):$$PYTHONPATH; \
@@ -32,7 +43,7 @@ gpu:  ## with this machine's python, download nothing: the CUDA tests, then the 
 	exit $$status
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv .nox build *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage*
+	rm -rf .venv .nox build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage*
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was cut off starts over.

@@ -221,7 +221,9 @@ class _Window:
                 "the hypergradient is not finite or broke an invariant, expected one that holds: "
                 "look at optimizer.metrics after some steps of the loop."
             )
-        self._precision = steps.invariants.precision
+        # φ is what moves: a float32 weight net of a float64 student has float32's slopes.
+        formats = (steps.invariants.precision, *(p.dtype for p in self._phi))
+        self._precision = max(formats, key=lambda dtype: torch.finfo(dtype).eps)
         self._left = self._student_parameters()
         self._snapshot.restore()
         start = self._student_parameters()

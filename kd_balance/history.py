@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from html import escape
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta_history import MetaHistory, criterion_settings, versions
 from kd_balance.optimizer import BilevelOptimizer
-from kd_balance.report import FORMAT, VERSION, write_report
+from kd_balance.report import FORMAT, VERSION, embedded, write_report
 from kd_balance.report.stretches import stretches
 
 
@@ -169,6 +170,13 @@ class WeightHistory:
         if class_counts is not None:
             record["class_counts"] = torch.as_tensor(class_counts).tolist()
         write_report(record, path)
+
+    def _repr_html_(self) -> str:
+        """The report, where a notebook displays this object; a sentence while there is none."""
+        try:
+            return embedded(self.as_dict())
+        except (RuntimeError, ImportError) as error:
+            return f"<p>{escape(str(error))}</p>"
 
     def plot(self, path: str | PathLike[str], class_counts: ArrayLike | None = None) -> None:
         """Draw the weights of every class over the training calls, a panel for each term.

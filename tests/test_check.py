@@ -334,3 +334,10 @@ def test_a_loss_of_the_student_s_own_in_float32_leaves_a_float64_check_strict():
         optimizer.step()
 
     assert check_hypergradient(optimizer, step, loop.batches).tolerance == 1e-5
+
+
+def test_a_weight_net_of_a_coarser_format_than_the_student_s_is_no_fault():
+    loop = Loop()
+    loop.criterion.weight_net.float()
+    report = check_hypergradient(loop.optimizer, loop.step, loop.batches)
+    assert report.passed and report.tolerance > 1e-5

@@ -115,7 +115,7 @@ def test_a_base_in_bfloat16_under_adapters_in_float32():
     found = []
     for base in (torch.bfloat16, torch.float32):
         model = student().to(torch.bfloat16)
-        for name, param in model.named_parameters():
+        for param in model.parameters():
             param.data = param.data.to(torch.float32 if param.requires_grad else base)
         base_model = model.get_base_model()
         assert base_model.lm_head.weight is base_model.transformer.wte.weight  # tied

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import warnings
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -409,3 +410,17 @@ def test_the_command_says_that_there_is_no_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "none.json"), str(tmp_path / "run.html")])
     assert "No such file" in capsys.readouterr().err
+
+
+def test_in_a_notebook_it_displays_itself(run, tmp_path):
+    _, history = run
+    frame = history._repr_html_()
+    (page,) = re.findall(r'^<iframe [^>]* srcdoc="([^"]*)"></iframe>$', frame)
+    assert len(Page(unescape(page)).figures) == len(page_of(history, tmp_path).figures) > 3
+
+
+def test_in_a_notebook_a_sentence_stands_for_a_report_that_cannot_be(monkeypatch):
+    history = WeightHistory(WeightedKDLoss())
+    assert history._repr_html_().startswith("<p>Nothing was recorded")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "kd-balance[plot]" in history._repr_html_()
