@@ -190,7 +190,8 @@ handles = []
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), zip(SETTINGS, [KeyboardInterrupt(), RuntimeError("no"), ValueError("no")])
+    ("name", "error"),
+    list(zip(SETTINGS, [KeyboardInterrupt(), RuntimeError("no"), ValueError("no")])),
 )
 def test_the_steps_after_one_that_was_cut_off(name, error):
     base = Base(name)
