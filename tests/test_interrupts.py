@@ -8,6 +8,8 @@ import os
 import random
 import sys
 import warnings
+from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -137,6 +139,12 @@ class Base:
             found.append("the later steps are others")
         return found
 
+    def faults_at(self, line):
+        """The same of an interrupt at a line, counted; and where that was."""
+        where = []
+        found = self.faults(lambda training: where.append(interrupted(training, line)[1]))
+        return where[0], found
+
 
 def interrupted(training, line, error=KeyboardInterrupt):
     """Takes a step, raising at a line of the package, counted; the lines, and where it was."""
@@ -196,26 +204,24 @@ handles = []
 def test_the_steps_after_one_that_was_cut_off(name, error):
     base = Base(name)
     for phase, within in PHASES.items():
+        found = base.faults(partial(cut_off, within=within, error=error))
+        assert not found, f"{phase}: {found}"
 
-        def cut(training):
-            handles[:] = within(training, fails(error))
-            try:
-                training.run(STEP, STEP + 1)
-            except (RuntimeError, ValueError, KeyboardInterrupt):
-                pass
-            for handle in handles:
-                handle.remove()
 
-        assert not (found := base.faults(cut)), f"{phase}: {found}"
+def cut_off(training, within, error):
+    handles[:] = within(training, fails(error))
+    with suppress(RuntimeError, ValueError, KeyboardInterrupt):
+        training.run(STEP, STEP + 1)
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_at_any_line(name):
     base = Base(name)
     for line in random.Random(0).sample(range(1, base.lines), 4):
-        where = []
-        found = base.faults(lambda training: where.append(interrupted(training, line)[1]))
-        assert not found, f"{where[0]}: {found}"
+        where, found = base.faults_at(line)
+        assert not found, f"{where}: {found}"
 
 
 if __name__ == "__main__":
@@ -224,10 +230,6 @@ if __name__ == "__main__":
         lines = random.Random(int(sys.argv[2])).sample(range(1, base.lines), int(sys.argv[1]))
         print(name, base.lines, flush=True)
         for line in lines:
-            where = []
-            try:
-                found = base.faults(lambda training: where.append(interrupted(training, line)[1]))
-            except Exception as error:
-                found = [f"{type(error).__name__}: {error}"]
+            where, found = base.faults_at(line)
             if found:
                 print("  ", where, found, flush=True)
