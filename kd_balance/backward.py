@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -16,12 +17,16 @@ Around = Callable[[Sequence[Tensor], Sequence[Tensor] | None, bool], AbstractCon
 ``.grad``, what to run it within."""
 
 _watching: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_seen: WeakSet[Any] = WeakSet()
 _backward: Any = torch.autograd.backward
 _grad: Any = torch.autograd.grad
 
 
 def watch(watcher: Any, method: str) -> None:
     """From now on runs every pass within a method of `watcher`, an :data:`Around`."""
+    if watcher not in _seen:  # once: it may be dropped while it watches
+        _seen.add(watcher)
+        weakref.finalize(watcher, _go_back_if_idle).atexit = False
     _watching[watcher] = method
     if torch.autograd.backward is _backward:
         torch.autograd.backward, torch.autograd.grad = _watched_backward, _watched_grad
@@ -30,7 +35,11 @@ def watch(watcher: Any, method: str) -> None:
 def ignore(watcher: Any) -> None:
     """Ends what :func:`watch` began."""
     _watching.pop(watcher, None)
-    if not _watching and torch.autograd.backward is _watched_backward:
+    _go_back_if_idle()
+
+
+def _go_back_if_idle() -> None:
+    if not list(_watching) and torch.autograd.backward is _watched_backward:
         torch.autograd.backward, torch.autograd.grad = _backward, _grad
 
 

@@ -258,6 +258,7 @@ class BilevelOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the wrapped optimizer's parameters."""
+        self._steps.recover()
         self._steps.recorder.gradients_cleared()
         self.optimizer.zero_grad(set_to_none=set_to_none)
 

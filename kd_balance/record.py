@@ -279,7 +279,7 @@ class Recorder:
         self._entered: StudentCall | None = None
         self._versions: list[int] = []
         self._kept: WeakSet[_Kept] = WeakSet()
-        self._walking: dict[int, tuple[CriterionCall, Tensor]] | None = None
+        self._walking: dict[int, tuple[CriterionCall, Tensor]] | None
         self._forget()
         called = called_module(student)
         self._handles = [
@@ -289,6 +289,7 @@ class Recorder:
         ]
 
     def _forget(self) -> None:
+        self._walking = None
         self._recording = Recording()
         self._by_hand = Recording()  # of torch.autograd.grad, which leaves nothing in .grad
         self._walked_by_hand: dict[int, tuple[CriterionCall, Tensor]] = {}

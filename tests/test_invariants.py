@@ -1,5 +1,6 @@
 """Loops whose record would not be true: right all the same, refused in one sentence, or told."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -530,6 +531,19 @@ def test_the_student_has_taken_the_step_that_broke_and_the_next_one_goes_on():
     lab.criterion(lab.called(batches[1][0]), *batches[1][1:]).backward()
     lab.optimizer.step()
     assert lab.optimizer.metrics["meta_updates"] == 1
+
+
+def test_backward_is_torch_s_own_when_the_optimizer_was_dropped():
+    for other in list(optimizers._watching):  # of other tests
+        other.close()
+    own = torch.autograd.backward
+    lab = Lab()
+    lab.wrap(every=1, unroll=1)
+    plain(1)(lab)
+    assert torch.autograd.backward is not own
+    del lab
+    gc.collect()
+    assert torch.autograd.backward is own
 
 
 def test_backward_is_torch_s_own_outside_windows_and_after_close():

@@ -27,7 +27,7 @@ from kd_balance.loop_warnings import LoopWarnings
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaObjective, MetaSet
 from kd_balance.record import Recorder
-from kd_balance.replay import Structure
+from kd_balance.replay import RandomState, Structure
 
 
 class BilevelSteps:
@@ -61,6 +61,7 @@ class BilevelSteps:
         self.settings = settings
         self.ranks = ranks
         self.closed = False
+        self._is_open = False  # a step that is being taken, or that an exception cut off
         self.warnings = LoopWarnings()
         self.invariants = Invariants()
         self.skipped = Skipped()
@@ -107,19 +108,34 @@ class BilevelSteps:
         Args:
             closure: of the loop, which has run unless the optimizer calls it by itself.
         """
-        if not self.recorder.active:
-            self.student_step.take(closure)
-        elif not self._has_gradients() and not self.recorder.complains:
+        self.student_step.moved, self._is_open = False, True
+        watched = self.recorder.active
+        if watched and not self._has_gradients() and not self.recorder.complains:
             self.student_step.take(closure)  # of a batch that the loop gave up: nothing moves
+            self.student_step.moved = self._is_open = False
             return
-        else:
+        if watched:
             self._take_watched(closure)
+        else:
+            self.student_step.take(closure)
         self._end()
 
+    def recover(self) -> None:
+        """Ends a step that an exception cut off, wherever that was; it may be cut off itself."""
+        if self._is_open and not self.student_step.runs_closure:
+            self.structure.recover()
+            self.invariants.forget()
+            self.window.forget()
+            self._end()
+
     def _end(self) -> None:
+        """Counts a step if the student has moved, and looks at what comes next."""
         self.recorder.forget()
-        self.window.count += 1
+        self.student_step.moved, self.window.count = (
+            False, self.window.count + self.student_step.moved
+        )
         self.watch_if_due()
+        self._is_open = False
 
     def _has_gradients(self) -> bool:
         groups = self.optimizer.param_groups
@@ -127,16 +143,16 @@ class BilevelSteps:
 
     def _take_watched(self, closure: Callable[[], Any] | None) -> None:
         """A step that a hypergradient will pass through."""
-        self.student_step.moved = False
+        before = RandomState.current(next(iter(self.structure.parameters)).device)
         try:
             with self.ranks.together():
                 self._take_recorded(closure)
         except BaseException as error:
-            self.invariants.forget()
-            self.give_up()
-            if self.student_step.moved:
-                self._end()
-            elif getattr(error, "cause", None) == REPLAY and self.recorder.try_uncompiled():
+            before.set()
+            moved = self.student_step.moved
+            self.recover()
+            is_replay = getattr(error, "cause", None) == REPLAY
+            if is_replay and not moved and self.recorder.try_uncompiled():
                 self.warnings.once(
                     "The compiled student could not be repeated, most likely for its dropout, "
                     "whose random numbers are the compiler's own: it runs uncompiled in the steps "
@@ -144,8 +160,6 @@ class BilevelSteps:
                 )
                 self.student_step.take(closure)
                 return
-            else:
-                self.recorder.active = True
             raise
 
     def _take_recorded(self, closure: Callable[[], Any] | None) -> None:

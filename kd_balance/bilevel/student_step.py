@@ -31,7 +31,9 @@ class StudentStep:
         self._invariants = invariants
         self._settings = settings
         self.moved = False
-        """Whether it was taken, or begun; whoever wants to know clears it before."""
+        """Whether it was taken; whoever wants to know clears it before."""
+        self.runs_closure = False
+        """Whether the optimizer is in the middle of its step, and the loop's closure in it."""
 
     def take(self, closure: Callable[[], Any] | None = None) -> None:
         """Takes it.
@@ -39,11 +41,15 @@ class StudentStep:
         Args:
             closure: of the loop, which has run unless the optimizer calls it by itself.
         """
-        self.moved = True
         if closure is not None and needs_closure(self.optimizer):
-            self.optimizer.step(closure)
+            self.runs_closure = True
+            try:
+                self.optimizer.step(closure)
+            finally:
+                self.runs_closure = False
         else:
             self.optimizer.step()
+        self.moved = True
 
     def take_checked(self, closure: Callable[[], Any] | None, is_rare: bool) -> None:
         """Takes it, and compares where anything but its formula may move the parameters.

@@ -32,12 +32,13 @@ class Structure:
         self.ranks = ranks
         self.written: set[str] = set()
         """Parameters that calls write in place: momentum encoders, bounded embeddings."""
-        self._held = 0
+        self._lent: list[list[tuple[Held, Held]]] = []
+        """What modules had before they were given something else, and are to get back."""
         self._walk()
 
     def refresh(self) -> None:
         """Walks again if layers, parameters or buffers were added, removed or replaced."""
-        if not self._held and self._seen != self._content():
+        if not self._lent and self._seen != self._content():
             self._walk()
 
     def _content(self) -> list[Any]:
@@ -102,7 +103,7 @@ class Structure:
             for name in self.written & live.keys():
                 given = tensors.get(name, live[name])
                 tensors = {**tensors, name: None if given is None else given.clone()}
-        self._held += 1
+        self._lent.append(before)
         try:
             copies: dict[int, Any] = {}
             for module in self.modules:
@@ -117,12 +118,21 @@ class Structure:
                     held[key] = tensors[name]
             yield
         finally:
-            self._held -= 1
-            for held, values in before:
-                held.update(values)
-                if len(held) > len(values):
-                    for key in held.keys() - values.keys():
-                        del held[key]
+            self._give_back()
+
+    def recover(self) -> None:
+        """Gives back what an exception at the end of :meth:`holding` left elsewhere."""
+        while self._lent:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """May be cut off anywhere, and called again."""
+        for held, values in self._lent[-1]:
+            held.update(values)
+            if len(held) > len(values):
+                for key in held.keys() - values.keys():
+                    del held[key]
+        self._lent.pop()
 
 
 def _copy(value: Any, copies: dict[int, Any]) -> Any:
