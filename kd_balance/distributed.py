@@ -12,7 +12,7 @@ come so far, and an error on one of them becomes an error on all at the same pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -42,8 +42,8 @@ class Ranks:
     """The processes that train a student. One by itself is the only rank, and exchanges nothing.
 
     Args:
-        student: as it was given to the wrapper; those of its DistributedDataParallel are meant, or
-            else all.
+        student: as it was given to the wrapper; those of its DistributedDataParallel, or those
+            that hold its shards, are meant, or else all.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -51,10 +51,14 @@ class Ranks:
         self._group: Any = None
         self._agreements: Any = None
         self._all_know = False  # of an error, told in the last exchange
+        self._sharded = False
         if not _is_distributed():
             return
-        wrapper = _wrapper_of(student)
+        wrapper, mesh = _wrapper_of(student), mesh_of(student)
+        self._sharded = mesh is not None
         self._group = dist.group.WORLD if wrapper is None else wrapper.process_group
+        if mesh is not None and mesh.ndim == 1:
+            self._group = mesh.get_group()
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
         if self.size > 1:  # on the CPU, where asking waits for no device, and in no other's way
             self._agreements = dist.new_group(
@@ -74,7 +78,14 @@ class Ranks:
         Raises:
             ValueError: it is not whole, or its gradients will not be the mean of the ranks' own.
         """
-        check_whole(student)
+        check_shards(student, trained)
+        if self._sharded:
+            return
+        if hasattr(called_module(student), "_get_fsdp_state"):
+            raise ValueError(
+                "the student was sharded after BilevelOptimizer was made, expected before: call "
+                "fully_shard, make the student's optimizer, and wrap that."
+            )
         inside = calling_wrapper()
         wrapper = inside or _wrapper_of(called_module(student))
         if wrapper is None:
@@ -164,6 +175,10 @@ class Ranks:
                         f"{name} is {value!r} on rank {self.rank} and {others[name]!r} on rank "
                         f"{rank}, expected the same on all ranks."
                     )
+
+    def all(self, holds: bool) -> bool:
+        """Whether something holds on every rank."""
+        return self._ask(None, (holds, *_NONE[1:]))[0]
 
     def begin_step(self, one: bool, other: bool) -> list[bool]:
         """Whether two flags are set on all ranks, which take the same step.
@@ -268,19 +283,83 @@ def through_sink(node: Any, number: int) -> tuple[Any, int]:
     return node, number
 
 
-def check_whole(student: nn.Module) -> None:
-    """Looks whether this process holds all of the student.
+def is_shard(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process holds a part."""
+    return hasattr(tensor, "device_mesh")
+
+
+def mesh_of(student: nn.Module) -> Any:
+    """The processes that hold a part of its parameters; None where each holds all of them."""
+    params: Any = student.parameters()
+    return next((p.device_mesh for p in params if is_shard(p)), None)
+
+
+def check_shards(student: nn.Module, trained: Container[Tensor] | None = None) -> None:
+    """Looks whether this process holds all of the student, or the shards that fully_shard made.
+
+    Args:
+        student: as it was given to the wrapper.
+        trained: its parameters; None for all.
 
     Raises:
-        ValueError: its parameters are spread over several processes.
+        ValueError: its parameters are spread over the processes in another way.
     """
-    flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in student.modules())
-    if flat or any(hasattr(param, "device_mesh") for param in student.parameters()):
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in student.modules()):
         raise ValueError(
-            f"the student's parameters are {'flat shards' if flat else 'DTensors'}, as of FSDP, "
-            "tensor or pipeline parallelism, expected whole ones in every process: train it in "
+            "the student's parameters are flat shards, as of FullyShardedDataParallel, expected "
+            "shards of each: use torch.distributed.fsdp.fully_shard, or DistributedDataParallel."
+        )
+    mesh = mesh_of(student)
+    if mesh is None:
+        return
+    params: Any = dict(student.named_parameters())
+    split: Any = {name: getattr(p, "placements", None) for name, p in params.items()}
+    if mesh.ndim > 1 or not hasattr(called_module(student), "_get_fsdp_state"):
+        raise ValueError(
+            f"the student's parameters are DTensors over {mesh.ndim} mesh dimensions of a "
+            f"{type(student).__name__}, as of tensor, pipeline or hybrid parallelism, expected "
+            "those of fully_shard over one: call fully_shard(student), or train it in "
             "DistributedDataParallel."
         )
+    for name, param in params.items():
+        if param.requires_grad and not is_shard(param) and (trained is None or param in trained):
+            raise ValueError(
+                f"fully_shard leaves out {name}, whose gradients are then not the same on all "
+                "ranks, expected all parameters that are trained."
+            )
+        if is_shard(param) and not (param.device_mesh == mesh and split[name][0].is_shard()):
+            raise ValueError(
+                f"{name} is a DTensor of {split[name][0]} over {param.device_mesh}, expected "
+                f"shards over {mesh} like the first parameter's: shard all over one mesh."
+            )
+    for module in student.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            _check_fully_sharded(module)
+
+
+def _check_fully_sharded(module: Any) -> None:
+    state = module._get_fsdp_state()
+    policy = state._mp_policy
+    for name in ("param_dtype", "reduce_dtype", "output_dtype"):
+        if (dtype := getattr(policy, name)) is not None:
+            raise ValueError(
+                f"fully_shard was given mp_policy with {name}={dtype}, expected the student to "
+                "compute, and average its gradients, in the format of the parameters that the "
+                "optimizer moves: leave mp_policy out, and use torch.autocast."
+            )
+    for method in vars(module).values():
+        code = getattr(getattr(method, "__func__", None), "__code__", None)
+        if code is not None and code.co_name == "wrapped_method":  # torch's own, around it
+            raise ValueError(
+                f"register_fsdp_forward_method was called for {method.__name__}, expected the "
+                "student to be called by forward alone: call the method within it."
+            )
+    for group in state._fsdp_param_groups:
+        if getattr(group.offload_policy, "pin_memory", None) is not None:
+            raise ValueError(
+                "fully_shard was given a CPUOffloadPolicy, expected shards on the device that the "
+                "student computes on: leave offload_policy out."
+            )
 
 
 def _is_distributed() -> bool:

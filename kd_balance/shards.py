@@ -1,0 +1,116 @@
+"""A student whose parameters are spread over the processes, as FSDP2's ``fully_shard`` leaves it.
+
+The optimizer steps each process's own shards, element by element, and so does what is kept of its
+steps and what is multiplied by their derivatives. Replays run on whole parameters, gathered for as
+long as a meta update lasts, without FSDP's hooks, which would put the present ones in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_balance.distributed import Ranks, is_shard
+
+
+def own(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory and without a graph."""
+    part: Any = tensor.detach()
+    return part.to_local() if is_shard(part) else part
+
+
+def own_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What this process holds of an optimizer's state of one parameter."""
+    return {key: own(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+class Shards:
+    """The parts of the student's parameters, and how to put them together.
+
+    Args:
+        student: what ``fully_shard`` returned.
+        ranks: the processes that hold a part each.
+    """
+
+    def __init__(self, student: nn.Module, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._modules: Any = [m for m in student.modules() if hasattr(m, "_get_fsdp_state")]
+        self._gathered: set[Any] = {None}
+        self.parameters: Mapping[str, Tensor] = {}
+        """The live ones by name."""
+
+    @classmethod
+    def of(cls, student: nn.Module, ranks: Ranks) -> Shards | None:
+        """Those of a student that has some."""
+        return cls(student, ranks) if any(map(is_shard, student.parameters())) else None
+
+    def put_back(self) -> None:
+        """Lets the modules hold their shards, where a forward pass has left whole parameters."""
+        for module in self._modules:
+            module.reshard()
+
+    def gathered(self) -> set[Any]:
+        """The whole parameters that forward passes compute with, which graphs end in."""
+        if None in self._gathered:  # of those that no pass has gathered yet
+            self._gathered = {
+                getattr(part, "_unsharded_param", None)
+                for module in self._modules
+                for group in module._get_fsdp_state()._fsdp_param_groups
+                for part in group.fsdp_params
+            }
+        return self._gathered
+
+    def hooks(self) -> set[int]:
+        """The numbers of FSDP's hooks among those of the modules."""
+        found: set[int] = set()
+        for module in self._modules:
+            state = module._get_fsdp_state()
+            for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+                found.update(part.id for part in getattr(handle, "handles", [handle]))
+        return found
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether something holds on all ranks."""
+        return self._ranks.all(holds)
+
+    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors put together of every rank's own; those of parameters that are whole stay.
+
+        Args:
+            parts: by the names of parameters that they are split like, the same on all ranks.
+        """
+        params = [self.parameters[name] for name in parts]
+        return dict(zip(parts, self.gather(list(parts.values()), params)))
+
+    @torch.no_grad()
+    def gather(self, parts: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+        """The same of tensors that are split like these parameters."""
+        self._ranks.agree()
+        return [_gather(part, like) for part, like in zip(parts, params, strict=True)]
+
+    @torch.no_grad()
+    def own(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's parts of tensors, which are split like the parameters of these names."""
+        return {name: _part(tensor, self.parameters[name]) for name, tensor in whole.items()}
+
+
+def _gather(part: Tensor, like: Any) -> Tensor:
+    if not is_shard(like):
+        return part
+    whole = type(like.data).from_local(
+        part, like.device_mesh, like.placements,
+        run_check=False, shape=like.shape, stride=like.stride(),
+    )
+    return whole.full_tensor()
+
+
+def _part(whole: Tensor, like: Any) -> Tensor:
+    if not is_shard(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    split = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return split.to_local()
