@@ -114,7 +114,7 @@ class Ranks:
             return list(tensors)
         self.agree()
         means: dict[int, Tensor] = {}
-        for bucket in _buckets(tensors):
+        for bucket in _buckets(tensors, [tensor.numel() for tensor in tensors]):
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in bucket]).div_(self.size)
             dist.all_reduce(flat, group=self._group_for(flat))
             pieces = flat.split([tensors[i].numel() for i in bucket])
@@ -143,6 +143,30 @@ class Ranks:
         names = sorted(like)  # ranks may hold them in different orders
         whole = [tensors[n] if n in tensors else torch.zeros_like(like[n]) for n in names]
         return dict(zip(names, self.mean(whole)))
+
+    def gather(
+        self, tensors: Sequence[Tensor], lengths: Sequence[Sequence[int]]
+    ) -> list[list[Tensor]]:
+        """The tensors of all ranks, flat.
+
+        Args:
+            tensors: of different sizes on different ranks.
+            lengths: how many numbers each of them has on each rank.
+        """
+        if self.size == 1:
+            return [[tensor.reshape(-1)] for tensor in tensors]
+        self.agree()
+        found: dict[int, list[Tensor]] = {}
+        for bucket in _buckets(tensors, list(map(sum, lengths))):
+            by_rank = list(zip(*(lengths[i] for i in bucket)))
+            longest = max(map(sum, by_rank))
+            flat = torch.cat([tensors[i].detach().reshape(-1) for i in bucket])
+            flat = torch.nn.functional.pad(flat, (0, longest - len(flat)))
+            rows = [torch.empty_like(flat) for _ in range(self.size)]
+            dist.all_gather(rows, flat, group=self._group_for(flat))
+            pieces = [row[: sum(n)].split(n) for row, n in zip(rows, by_rank)]
+            found.update((i, list(of_all)) for i, of_all in zip(bucket, zip(*pieces)))
+        return [found[i] for i in range(len(tensors))]
 
     def give_out(self, tensors: Sequence[Tensor]) -> None:
         """Puts rank 0's values into the tensors of all."""
@@ -402,8 +426,13 @@ def _check_wrapper(wrapper: DistributedDataParallel, trained: Mapping[Tensor, st
         )
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors of one format, of a bounded size in sum unless one is larger."""
+def _buckets(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of tensors of one format, of a bounded size in sum unless one is larger.
+
+    Args:
+        tensors: as many, and of the same formats, on all ranks.
+        sizes: how many numbers they have, the same on all ranks.
+    """
     by_format: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
         by_format.setdefault((tensor.dtype, tensor.device), []).append(i)
@@ -411,11 +440,11 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
         bucket: list[int] = []
         held = 0
         for i in indices:
-            if bucket and held + tensors[i].numel() > _BUCKET:
+            if bucket and held + sizes[i] > _BUCKET:
                 yield bucket
                 bucket, held = [], 0
             bucket.append(i)
-            held += tensors[i].numel()
+            held += sizes[i]
         yield bucket
 
 

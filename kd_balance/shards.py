@@ -7,6 +7,7 @@ long as a meta update lasts, without FSDP's hooks, which would put the present o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,32 +86,39 @@ class Shards:
         params = [self.parameters[name] for name in parts]
         return dict(zip(parts, self.gather(list(parts.values()), params)))
 
-    @torch.no_grad()
     def gather(self, parts: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
         """The same of tensors that are split like these parameters."""
-        self._ranks.agree()
-        return [_gather(part, like) for part, like in zip(parts, params, strict=True)]
+        whole = list(parts)
+        split = [i for i, param in enumerate(params) if is_shard(param)]
+        shapes = [self._shapes(params[i]) for i in split]
+        found = self._ranks.gather(
+            [parts[i] for i in split], [[math.prod(s) for s in of_all] for of_all in shapes]
+        )
+        for i, pieces, of_all in zip(split, found, shapes):
+            pieces = [piece.view(shape) for piece, shape in zip(pieces, of_all)]
+            whole[i] = torch.cat(pieces, _dim(params[i])) if len(pieces) > 1 else pieces[0]
+        return whole
 
-    @torch.no_grad()
     def own(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's parts of tensors, which are split like the parameters of these names."""
-        return {name: _part(tensor, self.parameters[name]) for name, tensor in whole.items()}
+        parts = dict(whole)
+        for name, tensor in whole.items():
+            if is_shard(param := self.parameters[name]):
+                lengths = [shape[_dim(param)] for shape in self._shapes(param)]
+                parts[name] = tensor.split(lengths, _dim(param))[self._ranks.rank].contiguous()
+        return parts
+
+    def _shapes(self, param: Tensor) -> list[list[int]]:
+        """Of the parts on all ranks, which are as long as they can be, the last ones shorter."""
+        dim, size = _dim(param), self._ranks.size
+        left, most = param.shape[dim], -(-param.shape[dim] // size)
+        shapes = []
+        for _ in range(size):
+            length = min(most, left)
+            left -= length
+            shapes.append([*param.shape[:dim], length, *param.shape[dim + 1 :]])
+        return shapes
 
 
-def _gather(part: Tensor, like: Any) -> Tensor:
-    if not is_shard(like):
-        return part
-    whole = type(like.data).from_local(
-        part, like.device_mesh, like.placements,
-        run_check=False, shape=like.shape, stride=like.stride(),
-    )
-    return whole.full_tensor()
-
-
-def _part(whole: Tensor, like: Any) -> Tensor:
-    if not is_shard(like):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    split = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    return split.to_local()
+def _dim(param: Any) -> int:
+    return param.placements[0].dim
