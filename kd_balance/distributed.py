@@ -26,6 +26,8 @@ from kd_balance.torch_private import (
     calling_wrapper,
     communication_hook,
     compiled_from,
+    fsdp_policies,
+    is_fully_sharded,
     is_joined,
     timeout_of,
 )
@@ -81,7 +83,7 @@ class Ranks:
         check_shards(student, trained)
         if self._sharded:
             return
-        if hasattr(called_module(student), "_get_fsdp_state"):
+        if is_fully_sharded(called_module(student)):
             raise ValueError(
                 "the student was sharded after BilevelOptimizer was made, expected before: call "
                 "fully_shard, make the student's optimizer, and wrap that."
@@ -338,7 +340,7 @@ def check_shards(student: nn.Module, trained: Container[Tensor] | None = None) -
         return
     params: Any = dict(student.named_parameters())
     split: Any = {name: getattr(p, "placements", None) for name, p in params.items()}
-    if mesh.ndim > 1 or not hasattr(called_module(student), "_get_fsdp_state"):
+    if mesh.ndim > 1 or not is_fully_sharded(called_module(student)):
         raise ValueError(
             f"the student's parameters are DTensors over {mesh.ndim} mesh dimensions of a "
             f"{type(student).__name__}, as of tensor, pipeline or hybrid parallelism, expected "
@@ -357,13 +359,12 @@ def check_shards(student: nn.Module, trained: Container[Tensor] | None = None) -
                 f"shards over {mesh} like the first parameter's: shard all over one mesh."
             )
     for module in student.modules():
-        if hasattr(module, "_get_fsdp_state"):
+        if is_fully_sharded(module):
             _check_fully_sharded(module)
 
 
 def _check_fully_sharded(module: Any) -> None:
-    state = module._get_fsdp_state()
-    policy = state._mp_policy
+    policy, offloads = fsdp_policies(module)
     for name in ("param_dtype", "reduce_dtype", "output_dtype"):
         if (dtype := getattr(policy, name)) is not None:
             raise ValueError(
@@ -378,8 +379,8 @@ def _check_fully_sharded(module: Any) -> None:
                 f"register_fsdp_forward_method was called for {method.__name__}, expected the "
                 "student to be called by forward alone: call the method within it."
             )
-    for group in state._fsdp_param_groups:
-        if getattr(group.offload_policy, "pin_memory", None) is not None:
+    for offload in offloads:
+        if hasattr(offload, "pin_memory"):
             raise ValueError(
                 "fully_shard was given a CPUOffloadPolicy, expected shards on the device that the "
                 "student computes on: leave offload_policy out."

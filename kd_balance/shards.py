@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_balance.distributed import Ranks, is_shard
+from kd_balance.torch_private import fsdp_gathered, fsdp_hooks, is_fully_sharded
 
 
 def own(tensor: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class Shards:
 
     def __init__(self, student: nn.Module, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._modules: Any = [m for m in student.modules() if hasattr(m, "_get_fsdp_state")]
+        self._fully_sharded: Any = [m for m in student.modules() if is_fully_sharded(m)]
         self._gathered: set[Any] = {None}
         self.parameters: Mapping[str, Tensor] = {}
         """The live ones by name."""
@@ -50,28 +51,18 @@ class Shards:
 
     def put_back(self) -> None:
         """Lets the modules hold their shards, where a forward pass has left whole parameters."""
-        for module in self._modules:
+        for module in self._fully_sharded:
             module.reshard()
 
     def gathered(self) -> set[Any]:
         """The whole parameters that forward passes compute with, which graphs end in."""
         if None in self._gathered:  # of those that no pass has gathered yet
-            self._gathered = {
-                getattr(part, "_unsharded_param", None)
-                for module in self._modules
-                for group in module._get_fsdp_state()._fsdp_param_groups
-                for part in group.fsdp_params
-            }
+            self._gathered = {p for module in self._fully_sharded for p in fsdp_gathered(module)}
         return self._gathered
 
     def hooks(self) -> set[int]:
         """The numbers of FSDP's hooks among those of the modules."""
-        found: set[int] = set()
-        for module in self._modules:
-            state = module._get_fsdp_state()
-            for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
-                found.update(part.id for part in getattr(handle, "handles", [handle]))
-        return found
+        return {number for module in self._fully_sharded for number in fsdp_hooks(module)}
 
     def everywhere(self, holds: bool) -> bool:
         """Whether something holds on all ranks."""

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from kd_balance.replay.sync_batch_norm import Summing
 from kd_balance.shards import Shards, own
-from kd_balance.torch_private import buffers_within, modules_within, parameters_within, writes_to
+from kd_balance.torch_private import (
+    FORWARD_HOOKS,
+    buffers_within,
+    modules_within,
+    parameters_within,
+    writes_to,
+)
 
 _OF_MODULES = vars(nn.Module()).keys()
 
@@ -164,7 +170,7 @@ class Structure:
 
     def _unhook(self, numbers: set[int]) -> None:
         for module in self.modules:
-            for key in ("_forward_pre_hooks", "_forward_hooks"):
+            for key in FORWARD_HOOKS:
                 hooks = vars(module)[key]
                 if numbers & hooks.keys():
                     kept = {n: hook for n, hook in hooks.items() if n not in numbers}
