@@ -103,6 +103,11 @@ def check_hypergradient(
             f"check_hypergradient was called in {size} processes, expected one: check the loop "
             "there, with the same arguments it is exact in several."
         )
+    if optimizer._steps.structure.shards is not None:
+        raise ValueError(
+            "check_hypergradient was called with a student of shards, expected whole parameters: "
+            "check the loop without fully_shard, with the same arguments it is exact with it."
+        )
     snapshot = Snapshot(optimizer, step)
     try:
         window = _Window(optimizer, step, batches, snapshot)

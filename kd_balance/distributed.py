@@ -12,7 +12,7 @@ come so far, and an error on one of them becomes an error on all at the same pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,6 +26,8 @@ from kd_balance.torch_private import (
     calling_wrapper,
     communication_hook,
     compiled_from,
+    fsdp_policies,
+    is_fully_sharded,
     is_joined,
     timeout_of,
 )
@@ -42,8 +44,8 @@ class Ranks:
     """The processes that train a student. One by itself is the only rank, and exchanges nothing.
 
     Args:
-        student: as it was given to the wrapper; those of its DistributedDataParallel are meant, or
-            else all.
+        student: as it was given to the wrapper; those of its DistributedDataParallel, or those
+            that hold its shards, are meant, or else all.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -51,10 +53,14 @@ class Ranks:
         self._group: Any = None
         self._agreements: Any = None
         self._all_know = False  # of an error, told in the last exchange
+        self._sharded = False
         if not _is_distributed():
             return
-        wrapper = _wrapper_of(student)
+        wrapper, mesh = _wrapper_of(student), mesh_of(student)
+        self._sharded = mesh is not None
         self._group = dist.group.WORLD if wrapper is None else wrapper.process_group
+        if mesh is not None and mesh.ndim == 1:
+            self._group = mesh.get_group()
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
         if self.size > 1:  # on the CPU, where asking waits for no device, and in no other's way
             self._agreements = dist.new_group(
@@ -74,7 +80,14 @@ class Ranks:
         Raises:
             ValueError: it is not whole, or its gradients will not be the mean of the ranks' own.
         """
-        check_whole(student)
+        check_shards(student, trained)
+        if self._sharded:
+            return
+        if is_fully_sharded(called_module(student)):
+            raise ValueError(
+                "the student was sharded after BilevelOptimizer was made, expected before: call "
+                "fully_shard, make the student's optimizer, and wrap that."
+            )
         inside = calling_wrapper()
         wrapper = inside or _wrapper_of(called_module(student))
         if wrapper is None:
@@ -103,7 +116,7 @@ class Ranks:
             return list(tensors)
         self.agree()
         means: dict[int, Tensor] = {}
-        for bucket in _buckets(tensors):
+        for bucket in _buckets(tensors, [tensor.numel() for tensor in tensors]):
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in bucket]).div_(self.size)
             dist.all_reduce(flat, group=self._group_for(flat))
             pieces = flat.split([tensors[i].numel() for i in bucket])
@@ -132,6 +145,30 @@ class Ranks:
         names = sorted(like)  # ranks may hold them in different orders
         whole = [tensors[n] if n in tensors else torch.zeros_like(like[n]) for n in names]
         return dict(zip(names, self.mean(whole)))
+
+    def gather(
+        self, tensors: Sequence[Tensor], lengths: Sequence[Sequence[int]]
+    ) -> list[list[Tensor]]:
+        """The tensors of all ranks, flat.
+
+        Args:
+            tensors: of different sizes on different ranks.
+            lengths: how many numbers each of them has on each rank.
+        """
+        if self.size == 1:
+            return [[tensor.reshape(-1)] for tensor in tensors]
+        self.agree()
+        found: dict[int, list[Tensor]] = {}
+        for bucket in _buckets(tensors, list(map(sum, lengths))):
+            by_rank = list(zip(*(lengths[i] for i in bucket)))
+            longest = max(map(sum, by_rank))
+            flat = torch.cat([tensors[i].detach().reshape(-1) for i in bucket])
+            flat = torch.nn.functional.pad(flat, (0, longest - len(flat)))
+            rows = [torch.empty_like(flat) for _ in range(self.size)]
+            dist.all_gather(rows, flat, group=self._group_for(flat))
+            pieces = [row[: sum(n)].split(n) for row, n in zip(rows, by_rank)]
+            found.update((i, list(of_all)) for i, of_all in zip(bucket, zip(*pieces)))
+        return [found[i] for i in range(len(tensors))]
 
     def give_out(self, tensors: Sequence[Tensor]) -> None:
         """Puts rank 0's values into the tensors of all."""
@@ -164,6 +201,10 @@ class Ranks:
                         f"{name} is {value!r} on rank {self.rank} and {others[name]!r} on rank "
                         f"{rank}, expected the same on all ranks."
                     )
+
+    def all(self, holds: bool) -> bool:
+        """Whether something holds on every rank."""
+        return self._ask(None, (holds, *_NONE[1:]))[0]
 
     def begin_step(self, one: bool, other: bool) -> list[bool]:
         """Whether two flags are set on all ranks, which take the same step.
@@ -268,19 +309,82 @@ def through_sink(node: Any, number: int) -> tuple[Any, int]:
     return node, number
 
 
-def check_whole(student: nn.Module) -> None:
-    """Looks whether this process holds all of the student.
+def is_shard(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process holds a part."""
+    return hasattr(tensor, "device_mesh")
+
+
+def mesh_of(student: nn.Module) -> Any:
+    """The processes that hold a part of its parameters; None where each holds all of them."""
+    params: Any = student.parameters()
+    return next((p.device_mesh for p in params if is_shard(p)), None)
+
+
+def check_shards(student: nn.Module, trained: Container[Tensor] | None = None) -> None:
+    """Looks whether this process holds all of the student, or the shards that fully_shard made.
+
+    Args:
+        student: as it was given to the wrapper.
+        trained: its parameters; None for all.
 
     Raises:
-        ValueError: its parameters are spread over several processes.
+        ValueError: its parameters are spread over the processes in another way.
     """
-    flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in student.modules())
-    if flat or any(hasattr(param, "device_mesh") for param in student.parameters()):
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in student.modules()):
         raise ValueError(
-            f"the student's parameters are {'flat shards' if flat else 'DTensors'}, as of FSDP, "
-            "tensor or pipeline parallelism, expected whole ones in every process: train it in "
+            "the student's parameters are flat shards, as of FullyShardedDataParallel, expected "
+            "shards of each: use torch.distributed.fsdp.fully_shard, or DistributedDataParallel."
+        )
+    mesh = mesh_of(student)
+    if mesh is None:
+        return
+    params: Any = dict(student.named_parameters())
+    split: Any = {name: getattr(p, "placements", None) for name, p in params.items()}
+    if mesh.ndim > 1 or not is_fully_sharded(called_module(student)):
+        raise ValueError(
+            f"the student's parameters are DTensors over {mesh.ndim} mesh dimensions of a "
+            f"{type(student).__name__}, as of tensor, pipeline or hybrid parallelism, expected "
+            "those of fully_shard over one: call fully_shard(student), or train it in "
             "DistributedDataParallel."
         )
+    for name, param in params.items():
+        if param.requires_grad and not is_shard(param) and (trained is None or param in trained):
+            raise ValueError(
+                f"fully_shard leaves out {name}, whose gradients are then not the same on all "
+                "ranks, expected all parameters that are trained."
+            )
+        if is_shard(param) and not (param.device_mesh == mesh and split[name][0].is_shard()):
+            raise ValueError(
+                f"{name} is a DTensor of {split[name][0]} over {param.device_mesh}, expected "
+                f"shards over {mesh} like the first parameter's: shard all over one mesh."
+            )
+    for module in student.modules():
+        if is_fully_sharded(module):
+            _check_fully_sharded(module)
+
+
+def _check_fully_sharded(module: Any) -> None:
+    policy, offloads = fsdp_policies(module)
+    for name in ("param_dtype", "reduce_dtype", "output_dtype"):
+        if (dtype := getattr(policy, name)) is not None:
+            raise ValueError(
+                f"fully_shard was given mp_policy with {name}={dtype}, expected the student to "
+                "compute, and average its gradients, in the format of the parameters that the "
+                "optimizer moves: leave mp_policy out, and use torch.autocast."
+            )
+    for method in vars(module).values():
+        code = getattr(getattr(method, "__func__", None), "__code__", None)
+        if code is not None and code.co_name == "wrapped_method":  # torch's own, around it
+            raise ValueError(
+                f"register_fsdp_forward_method was called for {method.__name__}, expected the "
+                "student to be called by forward alone: call the method within it."
+            )
+    for offload in offloads:
+        if hasattr(offload, "pin_memory"):
+            raise ValueError(
+                "fully_shard was given a CPUOffloadPolicy, expected shards on the device that the "
+                "student computes on: leave offload_policy out."
+            )
 
 
 def _is_distributed() -> bool:
@@ -323,8 +427,13 @@ def _check_wrapper(wrapper: DistributedDataParallel, trained: Mapping[Tensor, st
         )
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors of one format, of a bounded size in sum unless one is larger."""
+def _buckets(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of tensors of one format, of a bounded size in sum unless one is larger.
+
+    Args:
+        tensors: as many, and of the same formats, on all ranks.
+        sizes: how many numbers they have, the same on all ranks.
+    """
     by_format: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
         by_format.setdefault((tensor.dtype, tensor.device), []).append(i)
@@ -332,11 +441,11 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
         bucket: list[int] = []
         held = 0
         for i in indices:
-            if bucket and held + tensors[i].numel() > _BUCKET:
+            if bucket and held + sizes[i] > _BUCKET:
                 yield bucket
                 bucket, held = [], 0
             bucket.append(i)
-            held += tensors[i].numel()
+            held += sizes[i]
         yield bucket
 
 

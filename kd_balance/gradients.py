@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from kd_balance.clipping import Clipping, ClippingHistory
 from kd_balance.gradient_transform import GradientFunction, GradientTransform
 from kd_balance.replay import Structure
+from kd_balance.shards import own
 from kd_balance.torch_private import writes_to
 
 
@@ -59,7 +60,7 @@ class Gradients:
         """Whether they were cleared since the last backward pass."""
         held = [p for p in self._held() if p in self._expected]
         return bool(held) and all(
-            p.grad is None or (not self._unwritten(p) and not p.grad.any()) for p in held
+            p.grad is None or (not self._unwritten(p) and not _gradient(p).any()) for p in held
         )
 
     def begin(self) -> None:
@@ -86,8 +87,13 @@ class Gradients:
             names: of the student's parameters.
 
         Raises:
-            ValueError: something else has changed them before.
+            ValueError: something else has changed them before, or each process has a part of them.
         """
+        if self._student.shards is not None:
+            raise ValueError(
+                "transform_gradients was called and the student's parameters are shards, expected "
+                "whole ones, which the function may look at: train in DistributedDataParallel."
+            )
         if not self._as_expected():
             raise ValueError(
                 "the gradients were changed between backward() and transform_gradients(), expected "
@@ -103,7 +109,7 @@ class Gradients:
         self.transforms.append(transform)
 
     def accumulated(self, names: Mapping[Tensor, str], loss_scale: float) -> dict[str, Tensor]:
-        """The gradients that this step's backward passes added, by name, before any change.
+        """This process's part of the gradients that backward passes added, before any change.
 
         Args:
             names: of the student's parameters.
@@ -135,15 +141,21 @@ class Gradients:
         params = [p for p in left if p.grad is not None]
         unwritten = all(self._unwritten(p) for p in params) and len(params) == len(left)
         on_cpu = all(p.device.type == "cpu" for p in params)
-        if unwritten and loss_scale == 1 and (self._trusts_versions or not params):
-            return None
-        if on_cpu and unwritten and loss_scale == 1 and all(self._as_left(p) for p in params):
+        untouched = unwritten and loss_scale == 1 and (
+            self._trusts_versions
+            or not params
+            or (on_cpu and all(self._as_left(p) for p in params))
+        )
+        shards = self._student.shards
+        if untouched if shards is None else shards.everywhere(untouched):
             return None
         before = [left[p] if loss_scale == 1 else left[p] / loss_scale for p in params]
+        after = [_gradient(p) for p in params]
+        if shards is not None:
+            before, after = (shards.gather(parts, params) for parts in (before, after))
         held = set(self._held())
         clipping = self._history.clipping(
-            before, [_gradient(p) for p in params],
-            [names.get(p) for p in params], [p in held for p in params],
+            before, after, [names.get(p) for p in params], [p in held for p in params]
         )
         self._trusts_versions = clipping is None and not on_cpu
         return clipping
@@ -179,12 +191,12 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def _gradient(param: Tensor) -> Tensor:
     assert param.grad is not None
-    return param.grad.detach()
+    return own(param.grad)
 
 
 def _identity(param: Tensor) -> tuple[int, int]:
     assert param.grad is not None
-    return param.grad.data_ptr(), writes_to(param.grad)
+    return own(param.grad).data_ptr(), writes_to(param.grad)
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:

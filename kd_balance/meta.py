@@ -262,7 +262,11 @@ class MetaObjective:
                 "them: move those of meta batches alike, or pass meta_forward=."
             )
 
-    def try_out(self, meta_loss: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+    def try_out(
+        self,
+        meta_loss: Callable[[Mapping[str, Tensor]], Tensor],
+        params: Mapping[str, Tensor],
+    ) -> None:
         """Evaluates a meta loss once, so that a misfit shows before the student has moved.
 
         Raises:
@@ -270,7 +274,7 @@ class MetaObjective:
         """
         try:
             with torch.no_grad():
-                loss = meta_loss({})
+                loss = meta_loss(params)
         except Unlike:
             raise
         except (RuntimeError, TypeError, IndexError, ValueError) as error:

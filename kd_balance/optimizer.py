@@ -22,6 +22,7 @@ from kd_balance.bilevel import (
     check_one_device,
     check_optimizer,
     check_parameters,
+    check_steps_shards,
     refuse_outer,
     weight_net_of,
 )
@@ -31,13 +32,14 @@ from kd_balance.checkpoint import (
     load_meta_state,
     meta_state_of,
 )
-from kd_balance.distributed import Ranks, check_whole
+from kd_balance.distributed import Ranks, check_shards
 from kd_balance.gradient_transform import GradientFunction, transformed
 from kd_balance.joint import JointOptimizer
 from kd_balance.loop_warnings import loop_level
 from kd_balance.loss import WeightedKDLoss
 from kd_balance.meta import MetaForward, MetaLoss, MetaObjective, MetaSet
 from kd_balance.replay import Structure, replayable
+from kd_balance.shards import Shards
 
 __all__ = ["DERIVATIVES", "EVERY", "METHODS", "UNROLL", "BilevelOptimizer"]
 
@@ -144,11 +146,14 @@ class BilevelOptimizer(Optimizer):
             refuse_outer(optimizer)
         whole = JointOptimizer(optimizer) if isinstance(optimizer, (list, tuple)) else optimizer
         check_optimizer(whole, settings)
-        check_whole(student)
+        check_shards(student)
         check_one_device(student)
         module = replayable(student)
         check_modules(module)
-        structure = Structure(module, self._ranks if self._ranks.size > 1 else None)
+        shards = Shards.of(module, self._ranks)
+        if shards is not None:
+            check_steps_shards(whole, settings)
+        structure = Structure(module, self._ranks if self._ranks.size > 1 else None, shards)
         check_parameters(whole, structure.parameters, weight_net)
 
         criterion.follow(next(module.parameters()).device)

@@ -281,9 +281,11 @@ class Recorder:
         self._kept: WeakSet[_Kept] = WeakSet()
         self._walking: dict[int, tuple[CriterionCall, Tensor]] | None
         self._forget()
-        called = called_module(student)
+        called, first = called_module(student), structure.shards is not None  # before FSDP's
         self._handles = [
-            called.register_forward_pre_hook(WeakHook(self._before_student), with_kwargs=True),
+            called.register_forward_pre_hook(
+                WeakHook(self._before_student), with_kwargs=True, prepend=first
+            ),
             called.register_forward_hook(WeakHook(self._after_student), with_kwargs=True),
             criterion.register_forward_hook(WeakHook(self._after_criterion), with_kwargs=True),
         ]
@@ -461,7 +463,7 @@ class Recorder:
 
     def _is_student(self, node: Any) -> bool:
         variable = getattr(node, "variable", None)
-        return self._is_output(node) or variable in self._structure.parameters
+        return self._is_output(node) or self._structure.is_parameter(variable)
 
     def _before_student(
         self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -474,10 +476,9 @@ class Recorder:
         self._criterion.follow(next(self._structure.student.parameters()).device)
         self._entered = None
         if self.active and torch.is_grad_enabled():
+            call = StudentCall.about_to_happen(self._structure, args, kwargs, self._format)
             self._ranks.check_call(self._student, self._structure.parameters)
-            self._entered = StudentCall.about_to_happen(
-                self._structure, args, kwargs, self._format
-            )
+            self._entered = call
             self._versions = self._structure.versions()
 
     def _after_student(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -570,14 +571,14 @@ class Recorder:
         for argument in leaves_of((call.args, call.kwargs)):
             if not isinstance(argument, Tensor) or argument.grad_fn is None:
                 continue
-            names = self._structure.parameters
+            ours = self._structure.is_parameter
             within: set[Any] = set()
 
             def met(node: Any, within: set[Any] = within) -> bool:
                 within.add(self._mark in node.metadata)
                 return self._mark in node.metadata
 
-            if any(leaf in names for leaf in leaves([argument.grad_fn], met)) or True in within:
+            if any(map(ours, leaves([argument.grad_fn], met))) or True in within:
                 raise ValueError(
                     f"the student was given a tensor of shape {tuple(argument.shape)} that carries "
                     "a graph of the student's own parameters, expected plain inputs: compute it "
@@ -669,7 +670,7 @@ class Recorder:
                 others.add(node.variable)
             else:
                 stack += reversed(node.next_functions)
-        if any(leaf in self._structure.parameters for leaf in others):
+        if any(map(self._structure.is_parameter, others)):
             raise ValueError(_not_followed(name, tensor))
         return found
 

@@ -231,3 +231,34 @@ def communication_hook(wrapper: DistributedDataParallel) -> str:
 def is_joined(wrapper: DistributedDataParallel) -> bool:
     """Whether it runs within its ``join``. Instead: none."""
     return wrapper._join_config.enable
+
+
+# parameters in shards
+
+
+FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+"""Where a module keeps them, by number, to be left out of replays. Instead: none."""
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard was called on it. Instead: isinstance of FSDPModule, slow to import."""
+    return hasattr(module, "_get_fsdp_state")
+
+
+def fsdp_hooks(module: Any) -> list[int]:
+    """The numbers of fully_shard's own hooks on a module. Instead: none."""
+    state = module._get_fsdp_state()
+    handles = (state._pre_forward_hook_handle, state._post_forward_hook_handle)
+    return [part.id for handle in handles for part in getattr(handle, "handles", [handle])]
+
+
+def fsdp_gathered(module: Any) -> list[Tensor | None]:
+    """What its forward passes compute with, None before the first. Instead: none."""
+    groups = module._get_fsdp_state()._fsdp_param_groups
+    return [getattr(p, "_unsharded_param", None) for group in groups for p in group.fsdp_params]
+
+
+def fsdp_policies(module: Any) -> tuple[Any, list[Any]]:
+    """Its MixedPrecisionPolicy and the policies of offloading. Instead: none."""
+    state = module._get_fsdp_state()
+    return state._mp_policy, [group.offload_policy for group in state._fsdp_param_groups]

@@ -14,9 +14,16 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.nn.functional import all_reduce
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 
@@ -45,6 +52,7 @@ class Setting:
     student: str = "mlp"
     loop: str = "plain"
     zero: bool = False
+    sharded: bool = False
     optimizer: str = "sgd-momentum"
     batch: tuple[int, ...] = (6, 6, 6, 6)  # by rank
     bilevel: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +125,27 @@ SETTINGS = {
         }.items()
     },
     "ZeRO, clipped": Setting("conv", loop="clipped", zero=True, bilevel=THREE),
+    "FSDP, another loss": Setting(loop="another_loss", sharded=True),
+    "FSDP, adamw": Setting(
+        optimizer="adamw", batch=(6, 4, 5, 9), sharded=True, bilevel={"unroll": 4, "every": 5}
+    ),
+    "FSDP, unrolled": Setting(
+        loop="clipped", sharded=True, bilevel={"engine": "unroll", **THREE}
+    ),
+    "FSDP, adamw, unrolled": Setting(
+        optimizer="adamw", batch=(6, 4, 5, 9), sharded=True, bilevel={"engine": "unroll", **THREE}
+    ),
+    "FSDP, clipped": Setting("conv", loop="clipped", sharded=True, bilevel=THREE),
+    "FSDP, frozen, two calls": Setting("frozen", loop="two_calls", sharded=True, bilevel=THREE),
+    "FSDP, tied": Setting(
+        "tied", loop="micro_batches", optimizer="adamw", sharded=True, bilevel=THREE
+    ),
+    "FSDP, lookahead": Setting(
+        optimizer="adamw", loop="no_sync", sharded=True, bilevel={"method": "lookahead"}
+    ),
+    "FSDP, GradScaler": Setting(
+        "transformer", loop="overflowing", sharded=True, bilevel={"grad_scaler": True, **THREE}
+    ),
     "SyncBatchNorm": Setting("conv", loop="synchronised", bilevel=THREE),
     "SyncBatchNorm, unrolled": Setting(
         "conv", loop="synchronised", bilevel={"engine": "unroll", **THREE}
@@ -153,7 +182,13 @@ class Program:
         self.student = self.called = run.student
         torch.manual_seed(rank or 0)
         net = MetaWeightNet(hidden=(8,), **setting.net).to(setting.dtype)
-        if rank is not None:
+        if setting.sharded and rank is not None:
+            mesh = init_device_mesh("cpu", (size,))
+            layers = [*self.student.children()]  # the last is left to the student itself
+            for part in [layers] if setting.student == "tied" else layers[:-1]:
+                fully_shard(part, mesh=mesh)
+            fully_shard(self.student, mesh=mesh)
+        elif rank is not None:
             with torch.no_grad():  # rank 0's is everyone's
                 for tensor in self.student.state_dict().values():
                     tensor += rank
@@ -196,9 +231,22 @@ class Program:
 
     def no_sync(self, rank, *batch):
         first, second = zip(*(tensor.chunk(2) for tensor in batch))
+        self.averages(False)
         with getattr(self.called, "no_sync", nullcontext)():
             (self.loss(*first) / 2).backward()
+        self.averages(True)
         (self.loss(*second) / 2).backward()
+
+    def averages(self, flag):
+        if hasattr(self.called, "set_requires_gradient_sync"):
+            self.called.set_requires_gradient_sync(flag)
+
+    def two_calls(self, rank, *batch):
+        losses = [self.loss(*part) / 2 for part in zip(*(tensor.chunk(2) for tensor in batch))]
+        sum(losses).backward()
+        if rank == self.ranks[-1]:
+            with torch.no_grad():
+                self.called(batch[0])
 
     def clipped(self, rank, *batch):
         self.loss(*batch).backward()
@@ -282,10 +330,14 @@ class Program:
             else:
                 self.optimizer.step()
         return {
-            "student": [p.detach().clone() for p in self.student.parameters()],
+            "student": [whole(p.detach()).clone() for p in self.student.parameters()],
             "weight net": [p.detach().clone() for p in self.criterion.weight_net.parameters()],
             "metrics": self.optimizer.metrics,
         }
+
+
+def whole(param):
+    return param.full_tensor() if hasattr(param, "full_tensor") else param
 
 
 def _one_after_the_other(student, batches):
@@ -323,6 +375,7 @@ def found(tmp_path_factory):
     programs = {
         **{name: (train, setting) for name, setting in SETTINGS.items()},
         **{name: (refuse, name) for name in REFUSED},
+        **{f"shards: {name}": (refuse_shards, name) for name in UNSHARDABLE},
         "bias": (find_bias, None),
         **{name: (resume, (name, tmp_path_factory.mktemp("checkpoints"))) for name in RESUMED},
     }
@@ -335,7 +388,7 @@ def test_ranks_train_what_one_process_trains(name, found):
 
 
 def test_four_ranks_train_what_one_process_trains():
-    names = ("tied, uneven", "paper, adamw", "batch norm")
+    names = ("tied, uneven", "paper, adamw", "batch norm", "FSDP, adamw")
     for name, results in ranks.run({n: (train, SETTINGS[n]) for n in names}, 4).items():
         assert_trained_alike(SETTINGS[name], results)
 
@@ -370,7 +423,10 @@ REFUSED = {
     "not a number": "the criterion returned nan",
     "overwritten": "an input of shape .* was written in place",
     "dropped": "one rank dropped the gradients of a step that another one took",
-    "sharded": "the student's parameters are DTensors",
+    "FSDP, not a number": "the criterion returned nan",
+    "FSDP, dropped": "one rank dropped the gradients of a step that another one took",
+    "FSDP, an error in the meta loader": "the disk is full",
+    "FSDP, labels out of range": "labels of a meta batch hold the class 99",
     "checked": "check_hypergradient was called in 2 processes",
     "an error in the meta loader": "the disk is full",
     "labels out of range": "labels of a meta batch hold the class 99",
@@ -382,6 +438,8 @@ REFUSED = {
 
 def refuse(name, rank, size):
     """Runs a script that cannot work, most often for what rank 1 does."""
+    name, sharded = name.removeprefix("sharded, "), name.startswith("sharded")
+    sharded, name = name.startswith("FSDP, "), name.removeprefix("FSDP, ")
     loop = name.replace(" ", "_")
     loop = loop if hasattr(Program, loop) else "plain"
     bilevel = {"every": 1 + rank} if name == "other settings" else {}
@@ -392,7 +450,7 @@ def refuse(name, rank, size):
             patch.setattr(MLP, "_ddp_params_and_buffers_to_ignore", ["fc1.bias"], raising=False)
         if name == "begun later":
             patch.setattr("kd_balance.distributed._is_distributed", lambda: False)
-        program = Program(Setting(loop=loop, bilevel=bilevel), rank, size)
+        program = Program(Setting(loop=loop, sharded=sharded, bilevel=bilevel), rank, size)
         patch.undo()
         if name == "a hook that rounds":
             program.called.register_comm_hook(None, fp16_compress_hook)
@@ -400,10 +458,6 @@ def refuse(name, rank, size):
             program.called._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
         if name == "mixed precision":  # cannot be made on a CPU
             program.called.mixed_precision = _MixedPrecision(param_dtype=torch.float32)
-        if name == "sharded":
-            student = fully_shard(MLP(), mesh=init_device_mesh("cpu", (size,)))
-            optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-            BilevelOptimizer(optimizer, student, program.criterion, program.meta)
         if name == "checked":
             check_hypergradient(program.optimizer, print, [])
         if name == "called by itself":
@@ -412,12 +466,13 @@ def refuse(name, rank, size):
             program.meta[0][1].fill_(99)
         if name == "an error in the meta loader" and rank == 1:
             program.optimizer._steps.meta_set._loader = FullDisk()
-        before = [p.detach().clone() for p in program.student.parameters()]
+        before = [whole(p.detach()).clone() for p in program.student.parameters()]
         joined = name == "uneven numbers of steps"
         with Join([program.called]) if joined else nullcontext():
             program.train()
-    late = name in ("parameters changed", "other settings", "dropped", "sharded", "checked")
-    moved = not late and not all(map(torch.equal, before, program.student.parameters()))
+    late = name in ("parameters changed", "other settings", "dropped", "checked")
+    after = [whole(p.detach()) for p in program.student.parameters()]
+    moved = not late and not all(map(torch.equal, before, after))
     return str(error.value), moved
 
 
@@ -430,12 +485,83 @@ def test_what_cannot_work_is_refused_on_every_rank(name, found):
         assert not moved
 
 
+UNSHARDABLE = {
+    "tensor-parallel": "parameters are DTensors over 1 mesh dimensions of a MLP",
+    "in two dimensions": "parameters are DTensors over 2 mesh dimensions",
+    "flat": "parameters are flat shards",
+    "sharded later": "the student was sharded after BilevelOptimizer was made",
+    "sharded in part": "fully_shard leaves out fc2.weight",
+    "bfloat16": "mp_policy with param_dtype=torch.bfloat16",
+    "offloaded": "given a CPUOffloadPolicy",
+    "another method": "register_fsdp_forward_method was called for extra_repr",
+    "Muon": "optimizer is torch.optim.Muon and the student's parameters are shards",
+    "finite differences": "optimizer is .*AdamW and the student's parameters are shards",
+    "transformed": "transform_gradients was called and the student's parameters are shards",
+    "checked": "check_hypergradient was called in 2 processes",
+}
+
+
+def refuse_shards(name, rank, size):
+    """Makes a wrapper of shards that cannot be trained, and calls the student."""
+    student, options = MLP(), {}
+    mesh = init_device_mesh("cpu", (size,))
+    if name == "in two dimensions":
+        mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("copies", "shards"))
+    if name == "bfloat16":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    if name == "offloaded":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+
+    def shard():
+        if name == "tensor-parallel":
+            parallelize_module(student, mesh, {"fc1": ColwiseParallel()})
+        elif name == "sharded in part":
+            fully_shard(student.fc1, mesh=mesh)
+            fully_shard(student, mesh=mesh, ignored_params=set(student.fc2.parameters()))
+        else:
+            fully_shard(student, mesh=mesh, **options)
+        if name == "another method":
+            register_fsdp_forward_method(student, "extra_repr")
+
+    if name == "flat":
+        student.add_module("flat", FullyShardedDataParallel.__new__(FullyShardedDataParallel))
+        nn.Module.__init__(student.flat)
+    elif name != "sharded later":
+        shard()
+    kind = torch.optim.Muon if name == "Muon" else torch.optim.AdamW
+    params = [p for p in student.parameters() if p.dim() == 2]
+    derivative = "finite_difference" if name == "finite differences" else "exact"
+    with pytest.raises(ValueError) as error:
+        optimizer = BilevelOptimizer(
+            kind(params, lr=0.1), student, WeightedKDLoss(MetaWeightNet()), [0],
+            step_derivative=derivative,
+        )
+        if name == "sharded later":
+            shard()
+        if name == "transformed":
+            optimizer.transform_gradients(lambda gradients: gradients)
+        if name == "checked":
+            check_hypergradient(optimizer, print, [])
+        student(torch.zeros(2, 8))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", UNSHARDABLE)
+def test_shards_that_cannot_be_trained_are_refused(name, found):
+    for text in found[f"shards: {name}"]:
+        assert not isinstance(text, ranks.Failure), text.traceback
+        assert re.search(UNSHARDABLE[name], text) and text.count(". ") == 0
+
+
 class Resumable(Program):
     """A script that draws its meta batches from another seed on every rank."""
 
-    def __init__(self, rank, size, zero=False):
+    def __init__(self, rank, size, kind=""):
         bilevel = {"every": 2, "accumulate": 2}
-        super().__init__(Setting(optimizer="adamw", zero=zero, bilevel=bilevel), rank, size)
+        setting = Setting(
+            optimizer="adamw", zero=kind == "ZeRO", sharded=kind == "FSDP", bilevel=bilevel
+        )
+        super().__init__(setting, rank, size)
         inputs, labels = Run(seed=1).inputs(40), torch.arange(40) % CLASSES
         self.optimizer.close()
         self.optimizer = BilevelOptimizer(
@@ -471,31 +597,37 @@ def test_the_teacher_s_bias_is_the_first_rank_s(found):
     assert first.any() and torch.equal(first, other)
 
 
-RESUMED = ("the first rank's checkpoint", "torch.distributed.checkpoint", "ZeRO's checkpoint")
+RESUMED = (
+    "the first rank's checkpoint",
+    "torch.distributed.checkpoint",
+    "ZeRO's checkpoint",
+    "FSDP's checkpoints, one a rank",
+)
 SAVED = 5
 
 
 def resume(argument, rank, size):
     """A run, and one that is broken off and goes on from a checkpoint."""
     name, folder = argument
-    zero = name.startswith("ZeRO")
-    whole = Resumable(rank, size, zero).train()
-    first = Resumable(rank, size, zero)
+    kind = name.partition("'")[0]
+    file = f"whole{rank}" if kind == "FSDP" else "whole"
+    whole = Resumable(rank, size, kind).train()
+    first = Resumable(rank, size, kind)
     del first.shards[SAVED:]
     first.train()
     if name == "torch.distributed.checkpoint":
         dist.checkpoint.save(first.state_dict(), checkpoint_id=folder / "parts")
         if rank == 0:
             dcp_to_torch_save(folder / "parts", folder / "whole")
-    if zero:
+    if kind == "ZeRO":
         first.optimizer.optimizer.consolidate_state_dict()
-    if name != "torch.distributed.checkpoint" and rank == 0:
-        torch.save(first.state_dict(), folder / "whole")
+    if name != "torch.distributed.checkpoint" and (rank == 0 or kind == "FSDP"):
+        torch.save(first.state_dict(), folder / file)
     dist.barrier()
-    second = Resumable(rank, size, zero)
+    second = Resumable(rank, size, kind)
     del second.shards[:SAVED]
-    second.load(torch.load(folder / "whole"))
-    return whole, second.train(), folder / "whole"
+    second.load(torch.load(folder / file))
+    return whole, second.train(), folder / file
 
 
 @pytest.mark.parametrize("name", RESUMED)

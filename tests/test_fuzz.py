@@ -41,6 +41,8 @@ FOUND = [
     program(engine="unroll", unroll=2, deeds=[("hooks", "activation"), ("time", "frozen later")]),
     program(features=("student_ce", "teacher_ce"), labels="probabilities", optimizer="rmsprop",
             scheduler="onecycle", deeds=[("gradients", "clip norm")], seed=2),
+    program(student="tied", logits="log probabilities", labels="probabilities", temperature=4.0,
+            features=("teacher_ce",), deeds=[("gradients", "clip norm inf")], seed=0),
 ]
 
 

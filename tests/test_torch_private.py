@@ -34,10 +34,13 @@ WHERE = {
         [torch.ones(1)]
     ),
     "_get_active_ddp_module _get_ddp_logging_data": lambda: DistributedDataParallel,
+    "_get_fsdp_state": lambda: torch.distributed.fsdp.FSDPModule,
     "_get_backend _device_types": lambda: torch.distributed.ProcessGroup,
 }
 # what is looked for where it may be missing, or is made by torch at run time
-ELSEWHERE = {"_NoopSaveInputs", "_sync_param_groups", "_is_replica", "_timeout", "_join_config"}
+ELSEWHERE = {"_NoopSaveInputs", "_sync_param_groups", "_is_replica", "_timeout", "_join_config",
+             "_pre_forward_hook_handle", "_post_forward_hook_handle", "_fsdp_param_groups",
+             "_unsharded_param", "_mp_policy"}
 NAMES = {name for names in WHERE for name in names.split()}
 IMPORTS = {
     (node.module, alias.name)

@@ -5,6 +5,7 @@ from kd_balance.bilevel.arguments import (
     check_one_device,
     check_optimizer,
     check_parameters,
+    check_steps_shards,
     refuse_outer,
     weight_net_of,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "check_one_device",
     "check_optimizer",
     "check_parameters",
+    "check_steps_shards",
     "modes_of_our_own",
     "refuse_outer",
     "weight_net_of",

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from kd_balance.bilevel.settings import Settings
 from kd_balance.bilevel.student_step import needs_closure
 from kd_balance.inner_step import DIFFERENTIABLE, full_name, is_differentiable, known_optimizers
+from kd_balance.inner_step.rules import update_rule
 from kd_balance.joint import parts, shares_out
 from kd_balance.loop_warnings import loop_level
 from kd_balance.loss import WeightedKDLoss
@@ -81,6 +82,27 @@ def check_optimizer(optimizer: Optimizer, settings: Settings) -> None:
             "Rprop's step follows the signs of the gradients, whose derivative is zero, so the "
             "weight net learns nothing from it: set step_derivative='sgd'.",
             stacklevel=loop_level(),
+        )
+
+
+def check_steps_shards(optimizer: Optimizer, settings: Settings) -> None:
+    """Looks whether an optimizer steps every element by itself, so that shards may be stepped.
+
+    Raises:
+        ValueError: it does not, or it is not known to.
+    """
+    kinds = [full_name(type(part)) for part in parts(optimizer)]
+    together = [full_name(type(p)) for p in parts(optimizer) if update_rule(type(p)) is not None]
+    if together or settings.step_derivative == "finite_difference":
+        raise ValueError(
+            f"optimizer is {(together or kinds)[0]} and the student's parameters are shards, "
+            "expected one that is known to move each element by itself: take SGD, Adam or AdamW, "
+            "or train in DistributedDataParallel."
+        )
+    if shares_out(optimizer):
+        raise ValueError(
+            "optimizer is a ZeroRedundancyOptimizer and the student's parameters are shards, "
+            "expected one of the two: give the shards to the optimizer itself."
         )
 
 

@@ -74,6 +74,7 @@ class ComingStep:
             or (settings.method == "paper" and self._window.ends_next),
             finite_difference=settings.step_derivative == "finite_difference",
             ranks=self._ranks,
+            shards=self._structure.shards,
         )
         accumulated = self._gradients.accumulated(names, scale)
         self._invariants.began(update.params, self._window.ended)

@@ -10,7 +10,7 @@ from torch import Tensor
 from kd_balance.bilevel.metrics import Metrics
 from kd_balance.bilevel.settings import Settings
 from kd_balance.bilevel.weight_net_step import WeightNetStep
-from kd_balance.distributed import Ranks
+from kd_balance.distributed import Ranks, is_shard
 from kd_balance.hypergradient import ENGINES
 from kd_balance.inner_step import InnerStep, exact_dtype
 from kd_balance.invariants import Invariants
@@ -71,14 +71,14 @@ class MetaUpdate:
 
     def live(self, steps: list[InnerStep]) -> dict[str, Tensor]:
         """The parameters that the steps moved, those that rest by now included, as they are."""
-        live = {name: param for param, name in self._structure.parameters.items()}
-        return {name: live[name].detach() for step in steps for name in step.update.params}
+        return self._structure.live({name for step in steps for name in step.update.params})
 
     def _compare_ranks(self) -> None:
         """Looks whether student and weight net are the same on all ranks."""
         if self._ranks.size == 1:
             return
-        norms = torch._foreach_norm([p.detach() for p in self._structure.parameters])
+        params = [p.detach() for p in self._structure.parameters if not is_shard(p)]
+        norms = torch._foreach_norm(params) if params else []
         told = torch.cat([t.detach().double().flatten() for t in (*norms, *self.criterion.phi)])
         self.invariants.shared(told, *self._ranks.mean([told]))
 
@@ -92,13 +92,15 @@ class MetaUpdate:
 
     def reweigh_gradients(self, inner: InnerStep) -> None:
         """Turns the student's gradients into those under the new φ, in place."""
-        leaves = {name: p.detach().requires_grad_() for name, p in inner.update.params.items()}
-        grads = inner.update.grads
+        params = inner.update.put_together(inner.update.params)
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         changes: dict[str, Tensor] = {}
         for call in inner.calls:
             for name, gradient in self._change(call, leaves).items():
                 changes[name] = changes[name] + gradient if name in changes else gradient
-        for name, change in self._ranks.mean_by_name(changes, grads).items():
+        mean = self._ranks.mean_by_name(changes, params)
+        grads = inner.update.grads
+        for name, change in inner.update.own(mean).items():
             grads[name].add_(change)
         self.criterion.reweigh()
 

@@ -63,19 +63,19 @@ class Rehearsal:
             ValueError: the hypergradient of these steps cannot be computed, or breaks an invariant.
         """
         check_one_device(self._student)
-        self._objective.try_out(meta_loss)
+        live = self._meta_update.live(steps)
+        self._objective.try_out(meta_loss, live)
         last = steps[-1]
         call = last.calls[-1]
-        self._meta_update.invariants.precision = call.precision(last.update.params)
+        self._meta_update.invariants.precision = call.precision(live)
         try:
-            self._compute(steps, meta_loss)
+            self._compute(steps, meta_loss, live)
         except Broken as broken:
             if broken.cause != GRADIENT or self._settings.engine == "unroll":
                 raise
-            self._compute_without_forward_mode(steps, meta_loss, broken)
+            self._compute_without_forward_mode(steps, meta_loss, live, broken)
         if self._settings.unroll > 1:
-            trained = {n: p for step in steps for n, p in step.update.params.items()}
-            self._warn_of_curvature(call, trained)  # some may rest by now
+            self._warn_of_curvature(call, live)
         self._warn_of_asymmetry(last)
         if self._bias_by_teacher and self._objective.shifts_labels:
             self._warnings.once(
@@ -85,9 +85,10 @@ class Rehearsal:
             )
         self.of_step = True
 
-    def _compute(self, steps: list[InnerStep], meta_loss: MetaLossOfParams) -> None:
+    def _compute(
+        self, steps: list[InnerStep], meta_loss: MetaLossOfParams, before: Mapping[str, Tensor]
+    ) -> None:
         update = self._meta_update
-        before = update.live(steps)
         engines = [update.engine]
         if self._settings.engine == "unroll" and not (len(steps) == 1 and steps[0].alone):
             engines.insert(0, ENGINES["adjoint"](self._ranks))
@@ -107,11 +108,15 @@ class Rehearsal:
             ) from error
 
     def _compute_without_forward_mode(
-        self, steps: list[InnerStep], meta_loss: MetaLossOfParams, broken: Broken
+        self,
+        steps: list[InnerStep],
+        meta_loss: MetaLossOfParams,
+        live: Mapping[str, Tensor],
+        broken: Broken,
     ) -> None:
         if not self._meta_update.engine.try_without_forward_mode():
             raise broken
-        self._compute(steps, meta_loss)
+        self._compute(steps, meta_loss, live)
         if self._settings.unroll > 1:  # what backward alone sees has no curvature either mode knows
             raise ValueError(
                 "forward mode and the backward pass disagree, as they do over torch.no_grad() "

@@ -176,12 +176,15 @@ class BilevelSteps:
         divides = self.weight_net_step.is_rare and getattr(weight_net, "mean", None) is None
         with modes_of_our_own(next(weight_net.parameters()).device):
             inner = self.coming_step.of(recording, divides)
-            if not self.window.holds_next:
-                self._take_first(inner, closure)
-            elif self.window.ends_next:
-                self._take_last_of_window(inner, closure)
-            else:
+            if self.window.holds_next and not self.window.ends_next:
                 self._take_within_window(inner, closure)
+                return
+            moved = {n for step in (*self.window.steps, inner) for n in step.update.params}
+            with self.structure.whole(moved):
+                if self.window.ends_next:
+                    self._take_last_of_window(inner, closure)
+                else:
+                    self._take_first(inner, closure)
 
     def _take_unrelated(self, closure: Callable[[], Any] | None) -> None:
         """On gradients of other losses alone, in a run that knows the criterion."""

@@ -14,6 +14,7 @@ from kd_balance.gradients import copies
 from kd_balance.inner_step import is_differentiable, predicted, runs_unhooked
 from kd_balance.invariants import Invariants, distance
 from kd_balance.replay import Structure
+from kd_balance.shards import own
 
 
 class StudentStep:
@@ -62,15 +63,15 @@ class StudentStep:
         known = known or is_differentiable(self.optimizer)
         looks = known and (is_rare or not runs_unhooked(self.optimizer))
         moved = predicted(self.optimizer) if looks else {}
-        length = distance(list(moved.values()), list(moved)) if moved else None
+        length = distance(list(moved.values()), list(map(own, moved))) if moved else None
         self.take(closure)
         if length is not None:
-            self._invariants.moved(list(moved.values()), list(moved), length)
+            self._invariants.moved(list(moved.values()), list(map(own, moved)), length)
 
     def left(self) -> dict[str, Tensor]:
-        """Copies of the parameters that it moved, by name."""
+        """Copies of the parameters that it moved, by name; of shards, this process's."""
         params = self._structure.parameters
-        held = {n: p.detach() for p, n in params.items() if p.grad is not None}
+        held = {n: own(p) for p, n in params.items() if p.grad is not None}
         return dict(zip(held, copies(list(held.values()))))
 
 

@@ -73,7 +73,7 @@ class Adjoint:
         params = dict(after)
         for step in reversed(steps):
             is_first = step is steps[0]
-            params.update(step.update.params)
+            params.update(step.update.put_together(step.update.params))
             cotangents = step.update.vjp(cotangents, through=not is_first)
             direction = cotangents.pop("grad", {})
             products = []

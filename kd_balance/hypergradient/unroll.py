@@ -51,6 +51,7 @@ class Unroll:
             after: not needed here, the parameters after the last step being computed anew.
             invariants: are told what should agree.
         """
+        steps = [step.whole() for step in steps]
         params: dict[str, Tensor] = {}
         states: dict[str, State] = {}
         with torch.enable_grad():

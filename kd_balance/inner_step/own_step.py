@@ -19,6 +19,7 @@ from kd_balance.inner_step.differentiable import (
 )
 from kd_balance.inner_step.rules import State, update_rule
 from kd_balance.joint import parts
+from kd_balance.shards import own, own_state
 from kd_balance.torch_private import STEP_HOOKS, has_step_hooks
 
 _NUDGE = {torch.float64: 1e-5, torch.float32: 1e-2}  # of gradients or parameters, relative
@@ -40,7 +41,10 @@ def _is_patched(optimizer: Optimizer) -> bool:
 
 
 def predicted(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    """What the coming step makes of every parameter by the optimizers' formulas, hooks aside."""
+    """What the coming step makes of every parameter by the optimizers' formulas, hooks aside.
+
+    Of shards, what it makes of this process's.
+    """
     moved: dict[Tensor, Tensor] = {}
     for part in parts(optimizer):
         held = _held(part)
@@ -52,10 +56,10 @@ def predicted(optimizer: Optimizer) -> dict[Tensor, Tensor]:
 
 
 def _by_itself(optimizer: Optimizer, held: Sequence[Tensor]) -> list[Tensor]:
-    moved = copies([p.detach() for p in held])
-    gradients = copies([p.grad.detach() for p in held if p.grad is not None])
+    moved = copies([own(p) for p in held])
+    gradients = copies([own(p.grad) for p in held if p.grad is not None])
     # torch adds Nesterov's momentum in place, so gradients are copied too
-    states = copied([dict(optimizer.state.get(p, {})) for p in held])
+    states = copied([own_state(optimizer.state.get(p, {})) for p in held])
     _take(optimizer, optimizer.param_groups, held, moved, gradients, states)
     return moved
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,13 +21,19 @@ class InnerStep:
     calls: list[CriterionCall]
     update: Update
     gradients: dict[str, Tensor]
-    """What the step's backward passes added to the gradients, by name, before clipping."""
+    """What the step's backward passes added to the gradients, by name, before clipping; this
+    process's part."""
     alone: bool
     """Whether nothing but these calls reached them."""
     ids: dict[str, int]
     """The identities of the live parameters, by name."""
     is_rare: bool = False
     """Whether costly checks are due, such as to repeat the calls' backward passes."""
+
+    def whole(self) -> InnerStep:
+        """The same where every process has all of it."""
+        gradients = self.update.put_together(self.gradients)
+        return replace(self, update=self.update.whole(), gradients=gradients)
 
     def own_gradients(
         self, criterion: WeightedKDLoss, params: Mapping[str, Tensor]
@@ -39,7 +45,7 @@ class InnerStep:
             params: that the calls were made with.
         """
         if self.alone:
-            return self.gradients
+            return self.update.put_together(self.gradients)
         if not self.is_rare:
             return None
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from kd_balance.inner_step.own_step import StepCopy, copied
 from kd_balance.inner_step.products import adam_product, sgd_product
 from kd_balance.inner_step.rules import State, update_rule
 from kd_balance.joint import parts, shares_out, wholes
+from kd_balance.shards import Shards, own, own_state
 
 Slots = dict[str, dict[str, Tensor]]
 """Tensors by what they are ("param", "grad" or a key of the optimizer state) and parameter name."""
@@ -35,7 +36,8 @@ _CANCELLING = 100  # steps of Adam whose derivative is a difference of nearly eq
 
 
 def _state(optimizer: Optimizer, param: Tensor) -> State:
-    return {k: v for k, v in optimizer.state.get(param, {}).items() if v is not None}
+    state = {k: v for k, v in optimizer.state.get(param, {}).items() if v is not None}
+    return own_state(state)
 
 
 @dataclass
@@ -81,7 +83,8 @@ class GroupUpdate:
 class Update:
     """One optimizer step of the student, held as it was before it was taken.
 
-    It holds references to the live tensors until :meth:`freeze`.
+    It holds references to the live tensors until :meth:`freeze`; of those that are spread over the
+    processes, this one's parts.
     """
 
     groups: list[GroupUpdate]
@@ -92,6 +95,8 @@ class Update:
     """Where products are finite differences of the optimizers' own steps."""
     ranks: Ranks | None = None
     """Where other processes step some of the parameters."""
+    shards: Shards | None = None
+    """Where each steps its part of every parameter."""
 
     @classmethod
     def of(
@@ -104,6 +109,7 @@ class Update:
         plain_sgd: bool = False,
         finite_difference: bool = False,
         ranks: Ranks | None = None,
+        shards: Shards | None = None,
     ) -> Update:
         """The step that `optimizer` is about to take.
 
@@ -115,6 +121,7 @@ class Update:
                 and weight decay, as the look-ahead of the BiKD authors' program.
             finite_difference: differentiate the optimizer's own step, whose formula is not known.
             ranks: the processes that a ZeroRedundancyOptimizer shares the parameters out to.
+            shards: the parameters, if each process has a part of them.
         """
         groups = []
         for whole, part in zip(wholes(optimizer), parts(optimizer), strict=True):
@@ -129,15 +136,15 @@ class Update:
                 if plain_sgd:
                     options = {"lr": group["lr"], "maximize": group.get("maximize", False)}
                 states = [{} if plain_sgd else _state(part, p) for p in params]
-                grads = [p.grad.detach() for p in params]
+                grads = [own(p.grad) for p in params]
                 own_names = [names[p] for p in params]
-                data = [p.detach() for p in params]
+                data = [own(p) for p in params]
                 groups.append(GroupUpdate(kind, options, own_names, data, grads, states, is_own))
         copied_steps = parts(optimizer) if finite_difference else []
         steps = [StepCopy(part, names) for part in copied_steps]
         # some rank has none of another's, whose exchanges it has to enter all the same
         shared = ranks if shares_out(optimizer) and not plain_sgd else None
-        return cls(groups, clipping, transforms, steps, shared)
+        return cls(groups, clipping, transforms, steps, shared, shards)
 
     def freeze(self, *, grads: bool, states: bool) -> None:
         """Copies what the real step, or a scheduler after it, is about to overwrite.
@@ -161,13 +168,31 @@ class Update:
     def _own_groups(self) -> list[GroupUpdate]:
         return [group for group in self.groups if group.is_own]
 
-    def _of_all(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _of_all(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What every process knows of the parameters that it steps, put together."""
+        if self.shards is not None:
+            known = {n: found.get(n, torch.zeros_like(p)) for n, p in self.params.items()}
+            return self.shards.whole(known)
         if self.ranks is None:
-            return dict(own)
-        known = {n for group in self._own_groups for n in group.names}
-        mean = self.ranks.mean_by_name({n: t for n, t in own.items() if n in known}, self.params)
+            return dict(found)
+        names = {n for group in self._own_groups for n in group.names}
+        mean = self.ranks.mean_by_name({n: t for n, t in found.items() if n in names}, self.params)
         return {name: tensor * self.ranks.size for name, tensor in mean.items()}
+
+    def put_together(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors by the names of parameters, of which every process knows its part."""
+        return dict(parts) if self.shards is None else self.shards.whole(parts)
+
+    def own(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's parts of whole tensors."""
+        return dict(whole) if self.shards is None else self.shards.own(whole)
+
+    def whole(self) -> Update:
+        """The same step where every process has all of it."""
+        if self.shards is None:
+            return self
+        groups = [_whole(group, self.shards) for group in self.groups]
+        return replace(self, groups=groups, shards=None)
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -193,8 +218,8 @@ class Update:
         """The vector-Jacobian product of the step.
 
         Args:
-            cotangents: of the new parameters ("param") and of the new state (by its key). Without
-                `through` they are used up.
+            cotangents: of the new parameters ("param"), whole, and of the new state (by its key),
+                as :attr:`groups` hold it. Without `through` they are used up.
             through: also return the cotangents of the old parameters and of the old state.
 
         Returns:
@@ -205,6 +230,9 @@ class Update:
             own = {name for group in self.groups for name in group.names}
             for slot, by_name in cotangents.items():
                 result[slot].update((n, c) for n, c in by_name.items() if n not in own)
+        if self.shards is not None:
+            moved = {n: c for n, c in cotangents.get("param", {}).items() if n in self.params}
+            cotangents = {**cotangents, "param": self.own(moved)}
         for own_step in self.own_steps:
             result["grad"].update(own_step.by_gradient(cotangents.get("param", {})))
             if through:
@@ -216,10 +244,32 @@ class Update:
         for slot in ("grad", "param") if through else ("grad",):
             result[slot].update(self._of_all(result[slot]))
         if self.clipping is not None:
-            result["grad"] = self.clipping.product(result["grad"], self.grads)
+            clipped = self.put_together(self.grads)
+            result["grad"] = self.clipping.product(result["grad"], clipped)
         for transform in reversed(self.transforms):
             result["grad"] = transform.pull(result["grad"])
         return dict(result)
+
+
+def _whole(group: GroupUpdate, shards: Shards) -> GroupUpdate:
+    def put_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(shards.whole(dict(zip(group.names, tensors))).values())
+
+    states = [
+        {k: v for k, v in state.items() if k in COUNTERS or not isinstance(v, Tensor)}
+        for state in group.states
+    ]
+    for key in dict.fromkeys(k for state in group.states for k in state):
+        by_name = {n: s.get(key) for n, s in zip(group.names, group.states)}
+        split = {n: v for n, v in by_name.items() if isinstance(v, Tensor)}
+        if key not in COUNTERS:
+            found = shards.whole(split)
+            for name, state in zip(group.names, states):
+                if name in found:
+                    state[key] = found[name]
+    return replace(
+        group, params=put_together(group.params), grads=put_together(group.grads), states=states
+    )
 
 
 def _alike(group: GroupUpdate) -> list[list[int]]:

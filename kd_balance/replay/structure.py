@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -11,7 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_balance.replay.sync_batch_norm import Summing
-from kd_balance.torch_private import buffers_within, modules_within, parameters_within, writes_to
+from kd_balance.shards import Shards, own
+from kd_balance.torch_private import (
+    FORWARD_HOOKS,
+    buffers_within,
+    modules_within,
+    parameters_within,
+    writes_to,
+)
 
 _OF_MODULES = vars(nn.Module()).keys()
 
@@ -25,20 +32,31 @@ class Structure:
     Args:
         student: may be changed later on; :meth:`refresh` notices.
         ranks: the processes that all call it, if there are several.
+        shards: its parameters, if each process holds a part of them.
     """
 
-    def __init__(self, student: nn.Module, ranks: Summing | None = None) -> None:
+    def __init__(
+        self, student: nn.Module, ranks: Summing | None = None, shards: Shards | None = None
+    ) -> None:
         self.student = student
         self.ranks = ranks
+        self.shards = shards
+        self._gathered: dict[str, Tensor] = {}
         self.written: set[str] = set()
         """Parameters that calls write in place: momentum encoders, bounded embeddings."""
         self._lent: list[list[tuple[Held, Held]]] = []
         """What modules had before they were given something else, and are to get back."""
+        if shards is not None:
+            shards.put_back()
         self._walk()
 
     def refresh(self) -> None:
         """Walks again if layers, parameters or buffers were added, removed or replaced."""
-        if not self._lent and self._seen != self._content():
+        if self._lent:
+            return
+        if self.shards is not None:
+            self.shards.put_back()
+        if self._seen != self._content():
             self._walk()
 
     def _content(self) -> list[Any]:
@@ -61,6 +79,29 @@ class Structure:
             for held in (parameters_within(module), buffers_within(module)):
                 self._places += [(held, k, names[t]) for k, t in held.items() if t is not None]
         self._names = {name for _, _, name in self._places}
+        if self.shards is not None:
+            self.shards.parameters = {n: p for p, n in self.parameters.items()}
+
+    def is_parameter(self, leaf: Any) -> bool:
+        """Whether a graph that ends in a tensor ends in a parameter, or what was made of shards."""
+        if leaf is None or self.shards is None:
+            return leaf in self.parameters
+        return leaf in self.parameters or leaf in self.shards.gathered()
+
+    def live(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The parameters of these names as they are, in one piece and without a graph."""
+        live = {name: own(p) for p, name in self.parameters.items() if name in names}
+        return live if self.shards is None else self.shards.whole(live)
+
+    @contextmanager
+    def whole(self, given: Collection[str]) -> Iterator[None]:
+        """Has the parameters that replays are not given in one piece, as long as it lasts."""
+        if self.shards is not None:
+            self._gathered = self.live(set(self.parameters.values()) - set(given))
+        try:
+            yield
+        finally:
+            self._gathered = {}
 
     def versions(self) -> list[int]:
         """How often every parameter was written in place."""
@@ -88,6 +129,7 @@ class Structure:
         Raises:
             ValueError: the student lost one of these tensors since.
         """
+        tensors = {**self._gathered, **tensors}
         if lost := tensors.keys() - self._names:
             raise ValueError(
                 f"the student holds no {min(lost)} any more, expected the layers that it was "
@@ -107,12 +149,14 @@ class Structure:
         try:
             copies: dict[int, Any] = {}
             for module in self.modules:
-                own = vars(module)
-                for key in own.keys() - _OF_MODULES:
-                    if isinstance(own[key], (Tensor, list, dict, set, deque)):
-                        own[key] = _copy(own[key], copies)
+                held = vars(module)
+                for key in held.keys() - _OF_MODULES:
+                    if isinstance(held[key], (Tensor, list, dict, set, deque)):
+                        held[key] = _copy(held[key], copies)
             for module, flag in zip(self.modules, training, strict=True):
                 vars(module)["training"] = flag
+            if self.shards is not None:
+                self._unhook(self.shards.hooks())
             for held, key, name in self._places:
                 if name in tensors:
                     held[key] = tensors[name]
@@ -122,6 +166,7 @@ class Structure:
 
     def recover(self) -> None:
         """Gives back what an exception at the end of :meth:`holding` left elsewhere."""
+        self._gathered = {}
         while self._lent:
             self._give_back()
 
@@ -133,6 +178,14 @@ class Structure:
                 for key in held.keys() - values.keys():
                     del held[key]
         self._lent.pop()
+
+    def _unhook(self, numbers: set[int]) -> None:
+        for module in self.modules:
+            for key in FORWARD_HOOKS:
+                hooks = vars(module)[key]
+                if numbers & hooks.keys():
+                    kept = {n: hook for n, hook in hooks.items() if n not in numbers}
+                    vars(module)[key] = OrderedDict(kept)
 
 
 def _copy(value: Any, copies: dict[int, Any]) -> Any:
