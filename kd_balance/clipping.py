@@ -67,7 +67,7 @@ class ClippingHistory:
     """Recognises clipping, and compares that of one step with that of another."""
 
     def __init__(self) -> None:
-        self._limit: float | None = None
+        self._clipped_norm: float | None = None
         self._warned = False
 
     def clipping(
@@ -106,7 +106,7 @@ class ClippingHistory:
         scaled = (self._is(after[i], before[i] * ratio, tolerance) for i in touched)
         if 0 < ratio < 1 and all(scaled):
             total_norm = sum(numbers[i][1] ** 2 for i in touched) ** 0.5
-            self._check_limit(ratio * (square**0.5 + _EPSILON), min(1e-2, 10 * tolerance + 1e-9))
+            self._check_norm(total_norm, tolerance)
             if not all(held[i] for i in touched if names[i] is not None):
                 raise ValueError(
                     "the gradients were clipped by a norm over more parameters of the student than "
@@ -129,14 +129,16 @@ class ClippingHistory:
     def _is(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
         return bool((actual - expected).norm() <= tolerance * expected.norm())
 
-    def _check_limit(self, limit: float, tolerance: float) -> None:
-        """Clipping has the same limit every time; another uniform factor hardly would."""
-        usual, self._limit = self._limit, limit
-        if usual is not None and abs(limit - usual) > tolerance * usual and not self._warned:
+    def _check_norm(self, total_norm: float, tolerance: float) -> None:
+        """Clipping leaves the same norm every time; another uniform factor hardly would."""
+        usual, self._clipped_norm = self._clipped_norm, total_norm
+        # of a limit L and a norm n above it, clipping leaves L · n / (n + 1e-6)
+        tolerance = min(1e-2, 10 * tolerance + 2 * _EPSILON / total_norm)
+        if usual is not None and abs(total_norm - usual) > tolerance * usual and not self._warned:
             self._warned = True
             warnings.warn(
                 f"The gradients were scaled between backward() and step() to a norm of "
-                f"{usual:.6g} once and of {limit:.6g} now. This counts as clip_grad_norm_ "
+                f"{usual:.6g} once and of {total_norm:.6g} now. This counts as clip_grad_norm_ "
                 "with the L2 norm over gradients of the student and of this optimizer; if it is "
                 "anything else, or these share their norm with other modules, the hypergradients "
                 "are wrong.",

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 import gpu
 from gpucost.students import STUDENTS
 from stepcost.rows.lookahead import BareHigher
@@ -10,16 +12,17 @@ from stepcost.rows.ours import Default
 DRY = ["--dry", "--device", "cpu", "--seconds", "0", "--rounds", "1"]
 
 
-def test_every_row_runs_dry(tmp_path, capsys):
-    data = gpu.main([*DRY, "--out", str(tmp_path / "dry")])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_row_runs_dry(name, tmp_path, capsys):
+    data = gpu.main([*DRY, "--students", name, "--out", str(tmp_path / "dry")])
     assert json.loads((tmp_path / "dry.json").read_text()) == data
     table = (tmp_path / "dry.md").read_text()
-    assert all(student.title in table for student in STUDENTS.values())
-    for student in data["students"].values():
-        assert tuple(student["rows"]) == gpu.TABLE
-        for row in student["rows"].values():
-            missing = row.get("failed", "").startswith("ModuleNotFoundError")
-            assert missing or (row["ratio"]["median"] > 0 and row["kernels"]["launches"] > 0), row
+    assert STUDENTS[name].title in table
+    rows = data["students"][name]["rows"]
+    assert tuple(rows) == gpu.TABLE
+    for row in rows.values():
+        missing = row.get("failed", "").startswith("ModuleNotFoundError")
+        assert missing or (row["ratio"]["median"] > 0 and row["kernels"]["launches"] > 0), row
 
 
 def test_a_row_that_fails_says_so_and_the_others_go_on(tmp_path, monkeypatch, capsys):
