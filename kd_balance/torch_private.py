@@ -126,7 +126,12 @@ def without_parametrization_cache() -> Iterator[None]:
 # checkpointing
 
 
-CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
+_OF_2_14 = "_checkpoint_without_reentrant_generator_impl"
+CHECKPOINT_GENERATOR = (
+    _OF_2_14
+    if hasattr(torch.utils.checkpoint, _OF_2_14)
+    else "_checkpoint_without_reentrant_generator"
+)
 """Of torch.utils.checkpoint: runs a checkpoint. Instead: none; it is patched."""
 
 

@@ -40,7 +40,7 @@ WHERE = {
 # what is looked for where it may be missing, or is made by torch at run time
 ELSEWHERE = {"_NoopSaveInputs", "_sync_param_groups", "_is_replica", "_timeout", "_join_config",
              "_pre_forward_hook_handle", "_post_forward_hook_handle", "_fsdp_param_groups",
-             "_unsharded_param", "_mp_policy"}
+             "_unsharded_param", "_mp_policy", "_checkpoint_without_reentrant_generator_impl"}
 NAMES = {name for names in WHERE for name in names.split()}
 IMPORTS = {
     (node.module, alias.name)

@@ -26,14 +26,18 @@ def recomputed_under(again: Callable[[], AbstractContextManager[Any]]) -> Iterat
     module: Any = torch.utils.checkpoint
     generator, function = getattr(module, CHECKPOINT_GENERATOR), module.CheckpointFunction
 
-    def generator_under(
-        fn: Callable[..., Any], preserve: bool, context_fn: Any, *rest: Any, **kwargs: Any
-    ) -> Any:
+    def under(context_fn: Any) -> Any:
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             forward, recompute = context_fn()
             return forward, _Nested(again, recompute)
 
-        return generator(fn, preserve, contexts, *rest, **kwargs)
+        return contexts
+
+    def generator_under(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if "context_fn" in kwargs:  # torch 2.14
+            return generator(fn, *args, **{**kwargs, "context_fn": under(kwargs["context_fn"])})
+        preserve, context_fn, *rest = args
+        return generator(fn, preserve, under(context_fn), *rest, **kwargs)
 
     setattr(module, CHECKPOINT_GENERATOR, generator_under)
     module.CheckpointFunction = _NotReentrant
