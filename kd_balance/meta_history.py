@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kd_balance.invariants import CAUSES
-from kd_balance.joint import JointOptimizer
+from kd_balance.joint import wholes
 from kd_balance.optimizer import BilevelOptimizer
 
 
@@ -74,16 +74,11 @@ class MetaHistory:
         optimizer = self._optimizer
         if optimizer is None:
             return {}
-        inner: list[Optimizer] = (
-            list(optimizer.optimizer.optimizers)
-            if isinstance(optimizer.optimizer, JointOptimizer)
-            else [optimizer.optimizer]
-        )
         groups = [*optimizer.param_groups, *optimizer.meta_optimizer.param_groups]
         rates = [f"{float(group['lr']):.4g}" for group in groups if "lr" in group]
         count = len(optimizer.param_groups)
         return {
-            "optimizer": ", ".join(type(each).__name__ for each in inner),
+            "optimizer": ", ".join(type(each).__name__ for each in wholes(optimizer.optimizer)),
             "last learning rate": ", ".join(dict.fromkeys(rates[:count])),
             "method": optimizer.method,
             "every": str(optimizer.every),

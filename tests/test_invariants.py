@@ -533,9 +533,13 @@ def test_the_student_has_taken_the_step_that_broke_and_the_next_one_goes_on():
     assert lab.optimizer.metrics["meta_updates"] == 1
 
 
-def test_backward_is_torch_s_own_when_the_optimizer_was_dropped():
+@pytest.fixture
+def nobody_else_watches():
     for other in list(optimizers._watching):  # of other tests
         other.close()
+
+
+def test_backward_is_torch_s_own_when_the_optimizer_was_dropped(nobody_else_watches):
     own = torch.autograd.backward
     lab = Lab()
     lab.wrap(every=1, unroll=1)
@@ -546,9 +550,7 @@ def test_backward_is_torch_s_own_when_the_optimizer_was_dropped():
     assert torch.autograd.backward is own
 
 
-def test_backward_is_torch_s_own_outside_windows_and_after_close():
-    for other in list(optimizers._watching):  # of other tests
-        other.close()
+def test_backward_is_torch_s_own_outside_windows_and_after_close(nobody_else_watches):
     own = torch.autograd.backward
     lab = Lab()
     lab.wrap(every=4, unroll=1)
